@@ -1,0 +1,54 @@
+// The Python module fastlm._C: submodules cpu and, where it was built with nvcc, cuda.
+#include "fields.h"
+
+#ifdef FASTLM_HAVE_CUDA
+#include <cuda_runtime.h>
+#endif
+
+namespace fastlm {
+namespace {
+
+#ifdef FASTLM_HAVE_CUDA
+// Makes a device current and restores the former one; stream 0 alone does not name a GPU.
+class DeviceGuard {
+ public:
+  explicit DeviceGuard(int device) {
+    check(cudaGetDevice(&former_));
+    if (device != former_) check(cudaSetDevice(device));
+    device_ = device;
+  }
+  ~DeviceGuard() {
+    if (device_ != former_) cudaSetDevice(former_);
+  }
+
+ private:
+  static void check(cudaError_t error) {
+    if (error != cudaSuccess) throw std::runtime_error(std::string("CUDA device: ") + cudaGetErrorString(error));
+  }
+  int former_ = 0, device_ = 0;
+};
+#endif
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "fastlm's native kernels; fastlm.native alone calls them";
+
+  py::module_ on_cpu = m.def_submodule("cpu");
+  on_cpu.def("isa", cpu::isa);
+  bind_cpu(on_cpu, "softmax_xent_fwd", cpu::softmax_xent_fwd);
+  bind_cpu(on_cpu, "softmax_xent_bwd", cpu::softmax_xent_bwd);
+  bind_cpu(on_cpu, "attention_fwd", cpu::attention_fwd);
+  bind_cpu(on_cpu, "attention_bwd", cpu::attention_bwd);
+  bind_cpu(on_cpu, "decode_attention", cpu::decode_attention);
+  bind_cpu(on_cpu, "cache_append_", cpu::cache_append_);
+
+#ifdef FASTLM_HAVE_CUDA
+  py::module_ on_cuda = m.def_submodule("cuda");
+  on_cuda.def("architectures", [] { return FASTLM_CUDA_ARCHITECTURES; });
+  bind_cuda<DeviceGuard>(on_cuda, "softmax_xent_fwd", cuda::softmax_xent_fwd);
+  bind_cuda<DeviceGuard>(on_cuda, "softmax_xent_bwd", cuda::softmax_xent_bwd);
+#endif
+}
+
+}  // namespace fastlm

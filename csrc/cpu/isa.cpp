@@ -1,0 +1,83 @@
+// Chooses the widest instruction set that was built and that this CPU has; FASTLM_CPU_ISA asks for a lower one.
+#include "isa.h"
+
+#include <cstdlib>
+#include <stdexcept>
+#include <string>
+
+namespace fastlm::cpu {
+namespace {
+
+enum class Isa { generic, avx2, avx512 };
+
+bool has(Isa isa) {
+  switch (isa) {
+    case Isa::generic:
+      return true;
+    case Isa::avx2:
+#ifdef FASTLM_HAVE_AVX2
+      return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+#else
+      return false;
+#endif
+    case Isa::avx512:
+#ifdef FASTLM_HAVE_AVX512
+      return has(Isa::avx2) && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+             __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+#else
+      return false;
+#endif
+  }
+  return false;
+}
+
+Isa choose() {
+  const char* asked = std::getenv("FASTLM_CPU_ISA");
+  if (!asked || !*asked) return has(Isa::avx512) ? Isa::avx512 : has(Isa::avx2) ? Isa::avx2 : Isa::generic;
+  const std::string name = asked;
+  const Isa isa = name == "avx512" ? Isa::avx512 : name == "avx2" ? Isa::avx2 : Isa::generic;
+  if (isa == Isa::generic && name != "generic") {
+    throw std::invalid_argument("FASTLM_CPU_ISA is '" + name + "', wanted avx512, avx2 or generic");
+  }
+  if (!has(isa)) throw std::runtime_error("FASTLM_CPU_ISA is '" + name + "', which this CPU or build does not have");
+  return isa;
+}
+
+Isa chosen() {
+  static const Isa isa = choose();
+  return isa;
+}
+
+}  // namespace
+
+const char* isa() {
+  switch (chosen()) {
+    case Isa::avx512:
+      return "avx512";
+    case Isa::avx2:
+      return "avx2";
+    default:
+      return "generic";
+  }
+}
+
+#ifdef FASTLM_HAVE_AVX512
+#define FASTLM_AVX512(op) if (chosen() == Isa::avx512) return avx512::op(args, threads);
+#else
+#define FASTLM_AVX512(op)
+#endif
+#ifdef FASTLM_HAVE_AVX2
+#define FASTLM_AVX2(op) if (chosen() == Isa::avx2) return avx2::op(args, threads);
+#else
+#define FASTLM_AVX2(op)
+#endif
+#define FASTLM_FORWARD(op, Op)              \
+  void op(const Op& args, int threads) {    \
+    FASTLM_AVX512(op)                       \
+    FASTLM_AVX2(op)                         \
+    return generic::op(args, threads);      \
+  }
+
+FASTLM_CPU_OPS(FASTLM_FORWARD)
+
+}  // namespace fastlm::cpu

@@ -1,0 +1,29 @@
+// The instruction sets the kernels are compiled for. Every csrc/cpu/<op>.cpp is compiled once for each, with FASTLM_ISA
+// naming the namespace it fills; isa.cpp chooses one when the process starts.
+#pragma once
+
+#include "fastlm.h"
+
+#define FASTLM_CPU_OPS(X)               \
+  X(softmax_xent_fwd, SoftmaxXentFwd)   \
+  X(softmax_xent_bwd, SoftmaxXentBwd)   \
+  X(attention_fwd, AttentionFwd)        \
+  X(attention_bwd, AttentionBwd)        \
+  X(decode_attention, DecodeAttention)  \
+  X(cache_append_, CacheAppend)
+
+#define FASTLM_DECLARE(op, Op) void op(const Op&, int threads);
+
+namespace fastlm::cpu {
+namespace generic {
+FASTLM_CPU_OPS(FASTLM_DECLARE)
+}
+namespace avx2 {
+FASTLM_CPU_OPS(FASTLM_DECLARE)
+}
+namespace avx512 {
+FASTLM_CPU_OPS(FASTLM_DECLARE)
+}
+}  // namespace fastlm::cpu
+
+#undef FASTLM_DECLARE

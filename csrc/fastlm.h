@@ -1,0 +1,152 @@
+// fastlm's native kernels: every op as pointers, sizes, strides and a dtype. Knows neither torch nor Python.
+//
+// Letters: B sequences, T query tokens, S key tokens, H heads, D head dimension, C = H*D, V vocabulary,
+// N rows (B*T). Strides count elements; a dimension without a stride is contiguous. Every op is declared
+// twice: fastlm::cpu takes the size of the OpenMP team, fastlm::cuda the stream to launch on.
+// A call that cannot be served throws std::invalid_argument (wrong call) or std::runtime_error (this machine).
+#pragma once
+
+#include <cstdint>
+
+typedef struct CUstream_st* cudaStream_t;
+
+namespace fastlm {
+
+enum class DType : int { f32 = 0, bf16 = 1, f16 = 2 };
+
+// Which keys a query may see: query t of T sees key s of S where
+//   kFull: always      kBottomRight: s <= t + S - T      kTopLeft: s <= t
+enum Causal : int { kFull = 0, kBottomRight = 1, kTopLeft = 2 };
+
+// lse[n] = log sum_v exp(x[n, v]);  loss[n] = lse[n] - x[n, y[n]], and 0 where y[n] == ignore.
+// A label outside [0, V) that is not `ignore` gives loss[n] = NaN and is never used as an address.
+struct SoftmaxXentFwd {
+  float* loss;         // out (N,)
+  float* lse;          // out (N,)
+  const void* x;       // in  (N, V), dtype
+  int64_t stride_xn;
+  const int64_t* y;    // in  (N,)
+  int64_t N, V, ignore;
+  DType dtype;
+};
+
+// dx[n, v] = (exp(x[n, v] - lse[n]) - [v == y[n]]) * dloss[n], and 0 where y[n] == ignore.
+struct SoftmaxXentBwd {
+  void* dx;            // out (N, V), dtype; may be x itself
+  int64_t stride_dxn;
+  const float* dloss;  // in  (N,)
+  const void* x;       // in  (N, V), dtype
+  int64_t stride_xn;
+  const int64_t* y;    // in  (N,)
+  const float* lse;    // in  (N,)
+  int64_t N, V, ignore;
+  DType dtype;
+};
+
+// p[t, s] = softmax_s(scale * q[t]·k[s]) over the keys that `causal` lets t see;  o[t] = sum_s drop(p)[t, s] v[s];
+// lse[t] = log sum_s exp(scale * q[t]·k[s]). A query that sees no key gets o = 0, lse = -inf.
+//
+// drop(p)[t, s] = p[t, s] * 256 / (256 - drop) where byte(t, s) >= drop, else 0. byte(t, s) is byte s % 16 (little
+// endian, words in order) of Philox4x32-10 with key (lo32(seed[0]), lo32(seed[1])) and counter
+// (s / 16, t, lo32(seed[3] + b), seed[2] << 16 | h): seed = (seed, step, layer, index of the first sequence).
+struct AttentionFwd {
+  void* o;             // out (B, T, H, D), dtype
+  int64_t stride_ob, stride_ot, stride_oh;
+  float* lse;          // out (B, H, T)
+  const void* q;       // in  (B, T, H, D), dtype
+  int64_t stride_qb, stride_qt, stride_qh;
+  const void* k;       // in  (B, S, H, D), dtype
+  int64_t stride_kb, stride_ks, stride_kh;
+  const void* v;       // in  (B, S, H, D), dtype
+  int64_t stride_vb, stride_vs, stride_vh;
+  const int64_t* seed; // in  (4,), null where drop == 0
+  int64_t B, T, S, H, D;
+  int causal;          // Causal
+  float scale;
+  int drop;            // dropped with probability drop / 256
+  DType dtype;
+};
+
+// delta[t] = do[t]·o[t];  dp = drop(do·v);  ds = p * (dp - delta);  dq = scale * ds k;  dk = scale * ds^T q;
+// dv = drop(p)^T do.
+struct AttentionBwd {
+  void* dq;            // out (B, T, H, D), dtype
+  int64_t stride_dqb, stride_dqt, stride_dqh;
+  void* dk;            // out (B, S, H, D), dtype
+  int64_t stride_dkb, stride_dks, stride_dkh;
+  void* dv;            // out (B, S, H, D), dtype
+  int64_t stride_dvb, stride_dvs, stride_dvh;
+  float* delta;        // out (B, H, T), scratch
+  const void* do_;     // in  (B, T, H, D), dtype
+  int64_t stride_dob, stride_dot, stride_doh;
+  const void* q;       // in  (B, T, H, D), dtype
+  int64_t stride_qb, stride_qt, stride_qh;
+  const void* k;       // in  (B, S, H, D), dtype
+  int64_t stride_kb, stride_ks, stride_kh;
+  const void* v;       // in  (B, S, H, D), dtype
+  int64_t stride_vb, stride_vs, stride_vh;
+  const void* o;       // in  (B, T, H, D), dtype
+  int64_t stride_ob, stride_ot, stride_oh;
+  const float* lse;    // in  (B, H, T)
+  const int64_t* seed; // in  (4,), null where drop == 0
+  int64_t B, T, S, H, D;
+  int causal;          // Causal
+  float scale;
+  int drop;
+  DType dtype;
+};
+
+// Attention of the T newest tokens of each sequence over its pages: lengths[b] counts them too, and query t sees
+// the positions s <= lengths[b] - T + t. Position s of sequence b lies in page block_table[b, s / page], row s % page.
+struct DecodeAttention {
+  void* o;                    // out (B, T, H, D), dtype, contiguous
+  const void* q;              // in  (B, T, H, D), dtype
+  int64_t stride_qb, stride_qt, stride_qh;
+  const void* k_pages;        // in  (pages, page, H, D), dtype
+  int64_t stride_kp, stride_ks, stride_kh;
+  const void* v_pages;        // in  (pages, page, H, D), dtype
+  int64_t stride_vp, stride_vs, stride_vh;
+  const int32_t* block_table; // in  (B, max_pages)
+  int64_t stride_tb;
+  const int32_t* lengths;     // in  (B,)
+  int64_t B, T, H, D, page, max_pages;
+  float scale;
+  DType dtype;
+};
+
+// k_pages[block_table[b, p / page], p % page] = k[b, t] with p = positions[b, t], likewise v; p = -1 writes nothing.
+struct CacheAppend {
+  void* k_pages;              // inout (pages, page, H, D), dtype
+  int64_t stride_kpp, stride_kps, stride_kph;
+  void* v_pages;              // inout (pages, page, H, D), dtype
+  int64_t stride_vpp, stride_vps, stride_vph;
+  const void* k;              // in  (B, T, H, D), dtype
+  int64_t stride_kb, stride_kt, stride_kh;
+  const void* v;              // in  (B, T, H, D), dtype
+  int64_t stride_vb, stride_vt, stride_vh;
+  const int32_t* block_table; // in  (B, max_pages)
+  int64_t stride_tb;
+  const int32_t* positions;   // in  (B, T)
+  int64_t stride_pb;
+  int64_t B, T, H, D, page, max_pages;
+  DType dtype;
+};
+
+namespace cpu {
+void softmax_xent_fwd(const SoftmaxXentFwd& op, int threads);
+void softmax_xent_bwd(const SoftmaxXentBwd& op, int threads);
+void attention_fwd(const AttentionFwd& op, int threads);
+void attention_bwd(const AttentionBwd& op, int threads);
+void decode_attention(const DecodeAttention& op, int threads);
+void cache_append_(const CacheAppend& op, int threads);
+
+// The instruction set the kernels run on: "avx512", "avx2" or "generic"; FASTLM_CPU_ISA asks for a lower one.
+const char* isa();
+}  // namespace cpu
+
+namespace cuda {
+void softmax_xent_fwd(const SoftmaxXentFwd& op, cudaStream_t stream);
+void softmax_xent_bwd(const SoftmaxXentBwd& op, cudaStream_t stream);
+}  // namespace cuda
+
+}  // namespace fastlm

@@ -1,0 +1,81 @@
+// The Python arguments of every op: the members of its struct, in order.
+#pragma once
+
+#include "bind.h"
+
+namespace fastlm {
+
+#define FIELD(member) \
+  Field<Op> { #member, [](Op& op, const py::handle& value) { op.member = from_python<decltype(op.member)>(value); } }
+
+template <>
+inline std::vector<Field<SoftmaxXentFwd>> fields_of() {
+  using Op = SoftmaxXentFwd;
+  return {
+      FIELD(loss), FIELD(lse), FIELD(x), FIELD(stride_xn), FIELD(y), FIELD(N), FIELD(V), FIELD(ignore),
+      FIELD(dtype)
+  };
+}
+
+template <>
+inline std::vector<Field<SoftmaxXentBwd>> fields_of() {
+  using Op = SoftmaxXentBwd;
+  return {
+      FIELD(dx), FIELD(stride_dxn), FIELD(dloss), FIELD(x), FIELD(stride_xn), FIELD(y), FIELD(lse),
+      FIELD(N), FIELD(V), FIELD(ignore), FIELD(dtype)
+  };
+}
+
+template <>
+inline std::vector<Field<AttentionFwd>> fields_of() {
+  using Op = AttentionFwd;
+  return {
+      FIELD(o), FIELD(stride_ob), FIELD(stride_ot), FIELD(stride_oh), FIELD(lse), FIELD(q),
+      FIELD(stride_qb), FIELD(stride_qt), FIELD(stride_qh), FIELD(k), FIELD(stride_kb), FIELD(stride_ks),
+      FIELD(stride_kh), FIELD(v), FIELD(stride_vb), FIELD(stride_vs), FIELD(stride_vh), FIELD(seed),
+      FIELD(B), FIELD(T), FIELD(S), FIELD(H), FIELD(D), FIELD(causal), FIELD(scale), FIELD(drop),
+      FIELD(dtype)
+  };
+}
+
+template <>
+inline std::vector<Field<AttentionBwd>> fields_of() {
+  using Op = AttentionBwd;
+  return {
+      FIELD(dq), FIELD(stride_dqb), FIELD(stride_dqt), FIELD(stride_dqh), FIELD(dk), FIELD(stride_dkb),
+      FIELD(stride_dks), FIELD(stride_dkh), FIELD(dv), FIELD(stride_dvb), FIELD(stride_dvs),
+      FIELD(stride_dvh), FIELD(delta), FIELD(do_), FIELD(stride_dob), FIELD(stride_dot),
+      FIELD(stride_doh), FIELD(q), FIELD(stride_qb), FIELD(stride_qt), FIELD(stride_qh), FIELD(k),
+      FIELD(stride_kb), FIELD(stride_ks), FIELD(stride_kh), FIELD(v), FIELD(stride_vb), FIELD(stride_vs),
+      FIELD(stride_vh), FIELD(o), FIELD(stride_ob), FIELD(stride_ot), FIELD(stride_oh), FIELD(lse),
+      FIELD(seed), FIELD(B), FIELD(T), FIELD(S), FIELD(H), FIELD(D), FIELD(causal), FIELD(scale),
+      FIELD(drop), FIELD(dtype)
+  };
+}
+
+template <>
+inline std::vector<Field<DecodeAttention>> fields_of() {
+  using Op = DecodeAttention;
+  return {
+      FIELD(o), FIELD(q), FIELD(stride_qb), FIELD(stride_qt), FIELD(stride_qh), FIELD(k_pages),
+      FIELD(stride_kp), FIELD(stride_ks), FIELD(stride_kh), FIELD(v_pages), FIELD(stride_vp),
+      FIELD(stride_vs), FIELD(stride_vh), FIELD(block_table), FIELD(stride_tb), FIELD(lengths), FIELD(B),
+      FIELD(T), FIELD(H), FIELD(D), FIELD(page), FIELD(max_pages), FIELD(scale), FIELD(dtype)
+  };
+}
+
+template <>
+inline std::vector<Field<CacheAppend>> fields_of() {
+  using Op = CacheAppend;
+  return {
+      FIELD(k_pages), FIELD(stride_kpp), FIELD(stride_kps), FIELD(stride_kph), FIELD(v_pages),
+      FIELD(stride_vpp), FIELD(stride_vps), FIELD(stride_vph), FIELD(k), FIELD(stride_kb),
+      FIELD(stride_kt), FIELD(stride_kh), FIELD(v), FIELD(stride_vb), FIELD(stride_vt), FIELD(stride_vh),
+      FIELD(block_table), FIELD(stride_tb), FIELD(positions), FIELD(stride_pb), FIELD(B), FIELD(T),
+      FIELD(H), FIELD(D), FIELD(page), FIELD(max_pages), FIELD(dtype)
+  };
+}
+
+#undef FIELD
+
+}  // namespace fastlm

@@ -1,0 +1,36 @@
+"""The command line: `fastlm COMMAND`. Each command lives in the module of its name and imports what is heavy late."""
+
+import sys
+
+import typer
+
+from fastlm.cli import data, demo, doctor, generate, train
+
+app = typer.Typer(
+    name="fastlm",
+    help="GPT-2, trained and run fast. `fastlm demo` shows it in two minutes.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.command("demo")(demo.demo)
+app.command("train")(train.train)
+app.command("generate")(generate.generate)
+app.add_typer(data.app, name="data")
+app.command("doctor")(doctor.doctor)
+
+
+def main():
+    """Runs the command line; a wrong call or input, or what this machine cannot do, is one message and exit code 2."""
+    try:
+        app()
+    except (ValueError, TypeError, RuntimeError, OSError) as error:
+        if not _is_ours(error):
+            raise
+        print(f"fastlm: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _is_ours(error):
+    """Whether an error is a message to the user: not a failure inside a library such as torch."""
+    return not (isinstance(error, RuntimeError) and type(error).__module__ != "builtins")

@@ -1,0 +1,166 @@
+"""`fastlm doctor`: what is here, what was built, and for every op and backend whether it runs, or why not."""
+
+import json
+from typing import Annotated
+
+import typer
+
+
+def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False):
+    """Show what this machine has and, per op and backend, `runs` or the sentence why not."""
+    found = examine()
+    if as_json:
+        print(json.dumps(found, indent=2))
+    else:
+        _show(found)
+
+
+def examine():
+    """The findings as a dict: machine, build, devices with op → backend → "runs" or a sentence, and the choice."""
+    import platform
+    from importlib.metadata import PackageNotFoundError, version
+
+    import torch
+
+    import fastlm
+    from fastlm.backends import BACKENDS, machine_why_not
+
+    packages = {}
+    for name in ("torch", "triton", "numpy", "safetensors", "tokenizers", "transformers"):
+        try:
+            packages[name] = version(name)
+        except PackageNotFoundError:
+            packages[name] = "not installed"
+    gpus = [
+        f"{torch.cuda.get_device_name(index)} (sm_{''.join(map(str, torch.cuda.get_device_capability(index)))})"
+        for index in range(torch.cuda.device_count())
+    ]
+    return {
+        "fastlm": fastlm.__version__,
+        "machine": {
+            "python": platform.python_version(),
+            "system": f"{platform.system()} {platform.machine()}",
+            "cpu": f"{_processor()}, {torch.get_num_threads()} threads",
+            "gpus": gpus,
+        },
+        "packages": packages,
+        "built": _built(),
+        "backends": {name: machine_why_not(name) or "runs" for name in BACKENDS},
+        "devices": {device: _ops(device) for device in (["cpu", "cuda"] if gpus else ["cpu"])},
+    }
+
+
+def _processor():
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            names = [line.split(":", 1)[1].strip() for line in file if line.startswith("model name")]
+        return names[0] if names else "unknown CPU"
+    except OSError:
+        import platform
+
+        return platform.processor() or "unknown CPU"
+
+
+def _built():
+    """The halves of the compiled module: what each was built for, or the sentence why it is absent."""
+    from fastlm.backends import machine_why_not
+
+    if (reason := machine_why_not("cpu")) is not None:
+        return {"cpu": reason, "cuda": reason}
+    import fastlm._C as _C
+
+    cuda = f"for {_C.cuda.architectures()}" if hasattr(_C, "cuda") else "not built: no nvcc when fastlm was installed"
+    return {"cpu": f"runs on {_C.cpu.isa()}", "cuda": cuda}
+
+
+def _ops(device):
+    """op → {"backends": {backend: "runs" or why not}, "chosen": backend} for small fp32 calls on `device`."""
+    from fastlm import dispatch
+    from fastlm.backends import BACKENDS
+
+    findings = {}
+    for family, call in _samples(device).items():
+        cells = {backend: _try(dispatch, family, backend, call) for backend in BACKENDS}
+        with dispatch.record() as calls:
+            call()
+        findings[family] = {"backends": cells, "chosen": next(iter(calls))[1]}
+    return findings
+
+
+def _try(dispatch, family, backend, call):
+    """"runs" where the sample call really did, else the sentence why not."""
+    name = next(row.name for row in dispatch.TABLE.values() if row.family == family)
+    if (reason := dispatch.why_not(name, backend)) is not None:
+        return reason
+    try:
+        with dispatch.use(**{family: backend}):
+            call()
+    except (RuntimeError, ValueError) as error:
+        return str(error)
+    return "runs"
+
+
+def _samples(device):
+    """A small call of every op, by family."""
+    import torch
+
+    from fastlm import ops
+
+    q = torch.randn(2, 3, 2, 16, device=device)
+    pages = torch.zeros(4, 8, 2, 16, device=device)
+    table = torch.tensor([[0, 1], [2, 3]], dtype=torch.int32, device=device)
+    positions = torch.tensor([[0, 1, 2], [0, 1, -1]], dtype=torch.int32, device=device)
+    lengths = torch.tensor([3, 2], dtype=torch.int32, device=device)
+
+    def softmax_xent():
+        x = torch.randn(3, 37, device=device, requires_grad=True)
+        ops.softmax_xent(x, torch.tensor([0, 36, -100], device=device)).backward()
+
+    def attention():
+        x = q.detach().requires_grad_()
+        ops.attention(x, x, x).sum().backward()
+
+    return {
+        "softmax_xent": softmax_xent,
+        "attention": attention,
+        "decode_attention": lambda: ops.decode_attention(q, pages, pages, table, lengths),
+        "cache_append": lambda: ops.cache_append_(pages, pages.clone(), q, q, table, positions),
+    }
+
+
+def _show(found):
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    machine, packages = found["machine"], found["packages"]
+    facts = Table.grid(padding=(0, 2))
+    facts.add_row("fastlm", f"{found['fastlm']} on Python {machine['python']}, {machine['system']}")
+    facts.add_row("CPU", machine["cpu"])
+    facts.add_row("GPU", ", ".join(machine["gpus"]) or "none that torch can use")
+    facts.add_row("packages", ", ".join(f"{name} {version}" for name, version in packages.items()))
+    facts.add_row("CPU kernels", found["built"]["cpu"])
+    facts.add_row("CUDA kernels", found["built"]["cuda"])
+    console.print(facts)
+
+    notes: list[str] = []
+
+    def cell(text, chosen):
+        if text == "runs":
+            return "[bold green]runs, chosen[/]" if chosen else "[green]runs[/]"
+        if text not in notes:
+            notes.append(text)
+        return f"[yellow]no ({notes.index(text) + 1})[/]"
+
+    for device, families in found["devices"].items():
+        backends = list(found["backends"])
+        table = Table("op", *backends, title=f"tensors on {device}", title_justify="left", show_edge=False)
+        for family, row in families.items():
+            cells = [cell(row["backends"][backend], backend == row["chosen"]) for backend in backends]
+            table.add_row(family, *cells)
+        console.print()
+        console.print(table)
+    if notes:
+        console.print()
+        for number, note in enumerate(notes, 1):
+            console.print(f"({number}) {note}", highlight=False, soft_wrap=True)

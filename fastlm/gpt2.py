@@ -1,0 +1,180 @@
+"""GPT-2 on one page: the model of Radford et al. 2019, its names and files those of Hugging Face.
+
+    tokens (B, T) → x = wte + wpe (B, T, C) → L × [x += attn(ln_1(x)); x += mlp(ln_2(x))] → ln_f → logits (B, T, V)
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from fastlm.config import GPT2Config
+from fastlm.ops import attention_qkv, softmax_xent
+
+__all__ = ["GPT2", "GPT2Config"]
+
+
+class Conv1D(nn.Module):
+    """x W + b with W (in, out), the layout of OpenAI's checkpoints."""
+
+    def __init__(self, inputs, outputs, std):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(inputs, outputs).normal_(std=std))
+        self.bias = nn.Parameter(torch.zeros(outputs))
+
+    def forward(self, x):
+        flat = torch.addmm(self.bias, x.reshape(-1, x.shape[-1]), self.weight)
+        return flat.view(*x.shape[:-1], self.weight.shape[1])
+
+
+class Attention(nn.Module):
+    def __init__(self, config, layer):
+        super().__init__()
+        C, L = config.n_embd, config.n_layer
+        self.n_head, self.layer = config.n_head, layer
+        self.dropout, self.residual_dropout = config.attn_pdrop, config.resid_pdrop
+        self.c_attn = Conv1D(C, 3 * C, config.initializer_range)
+        self.c_proj = Conv1D(C, C, config.initializer_range / (2 * L) ** 0.5)
+
+    def forward(self, x, cache, seed):
+        B, T, C = x.shape
+        qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
+        if cache is not None:
+            o = cache.attend(self.layer, qkv)
+        elif seed is None:
+            o = attention_qkv(qkv)
+        else:
+            o = attention_qkv(qkv, dropout=self.dropout, seed=seed)
+        return F.dropout(self.c_proj(o.reshape(B, T, C)), self.residual_dropout, self.training)
+
+
+class MLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        C, inner, L = config.n_embd, config.n_inner or 4 * config.n_embd, config.n_layer
+        self.residual_dropout = config.resid_pdrop
+        self.c_fc = Conv1D(C, inner, config.initializer_range)
+        self.c_proj = Conv1D(inner, C, config.initializer_range / (2 * L) ** 0.5)
+
+    def forward(self, x):
+        x = self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
+        return F.dropout(x, self.residual_dropout, self.training)
+
+
+class Block(nn.Module):
+    def __init__(self, config, layer):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.attn = Attention(config, layer)
+        self.ln_2 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.mlp = MLP(config)
+
+    def forward(self, x, cache, seed):
+        x = x + self.attn(self.ln_1(x), cache, seed)
+        return x + self.mlp(self.ln_2(x))
+
+
+class GPT2(nn.Module):
+    """`model(tokens, targets)` → (logits (B, T, V), loss); `GPT2.from_pretrained`, `save_pretrained`, `generate`.
+
+    Parameter names and shapes are those of transformers' GPT2LMHeadModel. The head is tied: lm_head.weight is
+    transformer.wte.weight.
+    """
+
+    def __init__(self, config: GPT2Config):
+        super().__init__()
+        self.config = config
+        V, C, std = config.vocab_size, config.n_embd, config.initializer_range
+        self.transformer = nn.ModuleDict({
+            "wte": nn.Embedding.from_pretrained(torch.empty(V, C).normal_(std=std), freeze=False),
+            "wpe": nn.Embedding.from_pretrained(torch.empty(config.n_positions, C).normal_(std=std), freeze=False),
+            "h": nn.ModuleList(Block(config, layer) for layer in range(config.n_layer)),
+            "ln_f": nn.LayerNorm(C, eps=config.layer_norm_epsilon),
+        })
+        self.lm_head = nn.Linear(C, V, bias=False, device="meta")
+        self.tie_weights()
+
+    def tie_weights(self):
+        self.lm_head.weight = self.transformer.wte.weight
+
+    @property
+    def device(self):
+        return self.transformer.wte.weight.device
+
+    @property
+    def dtype(self):
+        return self.transformer.wte.weight.dtype
+
+    def hidden(self, tokens, *, positions=None, cache=None, seed=None):
+        """The final hidden states (B, T, C), normalised, of tokens (B, T) int64.
+
+        positions (B, T) int64, 0 … T-1 unless given; cache, an object whose `attend(layer, qkv)` returns (B, T, H, D),
+        takes the place of causal attention; seed (4,) int64 names the attention dropout (drawn where it is needed).
+        """
+        self.check_tokens(tokens, positions)
+        if positions is None:
+            positions = torch.arange(tokens.shape[1], device=tokens.device)
+        seeds = self._layer_seeds(seed) if self.training and self.config.attn_pdrop else [None] * self.config.n_layer
+        x = self.transformer.wte(tokens) + self.transformer.wpe(positions)
+        x = F.dropout(x, self.config.embd_pdrop, self.training)
+        for block, seed in zip(self.transformer.h, seeds):
+            x = block(x, cache, seed)
+        return self.transformer.ln_f(x)
+
+    def _layer_seeds(self, seed):
+        """The dropout seed of every layer, (4,) each: seed, step, layer, first sequence."""
+        if seed is None:
+            seed = F.pad(torch.randint(2**31, (2,), device=self.device), (0, 2))
+        layers = torch.arange(self.config.n_layer, device=seed.device)
+        return (seed + F.pad(layers[:, None], (2, 1))).unbind(0)
+
+    def forward(self, tokens, targets=None, *, seed=None):
+        """(logits (B, T, V), loss) of tokens (B, T) int64; loss, in nats per token, is None without targets.
+
+        targets (B, T) int64 are already shifted: targets[b, t] follows tokens[b, t]; -100 is ignored. seed (4,) int64
+        names this step's attention dropout; without it one is drawn from torch's generator. Raises ValueError for
+        wrong shapes, for sequences longer than n_positions and for ids outside the vocabulary.
+        """
+        if targets is not None and targets.shape != tokens.shape:
+            raise ValueError(f"GPT2: targets have shape {tuple(targets.shape)}, but tokens {tuple(tokens.shape)}")
+        logits = self.lm_head(self.hidden(tokens, seed=seed))
+        if targets is None:
+            return logits, None
+        return logits, softmax_xent(logits.view(-1, logits.shape[-1]), targets.reshape(-1))
+
+    def check_tokens(self, tokens, positions=None):
+        """Raises ValueError unless tokens are int64 (B, T) with ids and length that this model has."""
+        if tokens.dtype != torch.int64 or tokens.dim() != 2:
+            raise ValueError(f"GPT2: tokens are {tokens.dtype} {tuple(tokens.shape)}, wanted int64 (B, T)")
+        if tokens.device != self.device:
+            raise ValueError(f"GPT2: tokens are on {tokens.device}, but the model is on {self.device}")
+        if positions is None and tokens.shape[1] > self.config.n_positions:
+            raise ValueError(
+                f"GPT2: {tokens.shape[1]} tokens a sequence, but the model has n_positions={self.config.n_positions}"
+            )
+        if tokens.device.type == "cpu" and tokens.numel() and not torch.compiler.is_compiling():
+            low, high = (int(value) for value in torch.aminmax(tokens))
+            if low < 0 or high >= self.config.vocab_size:
+                wrong = ((tokens < 0) | (tokens >= self.config.vocab_size)).nonzero()[0].tolist()
+                raise ValueError(
+                    f"GPT2: token id {int(tokens[tuple(wrong)])} at {wrong}, wanted 0 ≤ id < "
+                    f"vocab_size {self.config.vocab_size}; was the text tokenised with another vocabulary?"
+                )
+
+    def generate(self, tokens, **options):
+        """Continues each prompt; see `fastlm.generation.generate_tokens` for the options."""
+        from fastlm.generation import generate_tokens
+
+        return generate_tokens(self, tokens, **options)
+
+    @classmethod
+    def from_pretrained(cls, name, *, device=None, dtype=torch.float32):
+        """The model of a directory in Hugging Face's format, or of a hub id such as "gpt2" (needs a network)."""
+        from fastlm.pretrained import load
+
+        return load(cls, name, device=device, dtype=dtype)
+
+    def save_pretrained(self, directory, *, tokenizer=None):
+        """Writes config.json and model.safetensors (fp32), and the tokenizer's files, as transformers would."""
+        from fastlm.pretrained import save
+
+        save(self, directory, tokenizer=tokenizer)

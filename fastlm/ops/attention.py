@@ -1,0 +1,166 @@
+"""attention and attention_qkv: causal softmax attention that never stores its (T, S) weights."""
+
+import torch
+
+from fastlm.checks import check, check_dtype, inner_contiguous, refuse_double_backward
+from fastlm.dispatch import define
+
+KERNELS = {
+    "cpu": "fastlm.native:cpu",
+    "torch": "fastlm.vendor",
+    "reference": "fastlm.reference",
+}
+ORDER = {"cpu": ("cpu", "torch", "reference"), "cuda": ("torch", "reference")}
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+CAUSAL = {False: 0, True: 1, "top-left": 2}
+
+
+def attention(q, k, v, *, causal=True, scale=None, dropout=0.0, seed=None, return_lse=False):
+    """softmax(scale · q kᵀ) v for every head, (B, T, H, D) like q.
+
+    q (B, T, H, D), k and v (B, S, H, D) in fp32, bf16 or fp16 (fp64 on `torch` and `reference`), any strides with D
+    contiguous. causal: True lets query t see the keys s ≤ t + S - T, "top-left" s ≤ t, False all. A query that sees
+    no key gives 0 (lse -inf). scale is 1/√D unless given. dropout in [0, 1) drops weights, in steps of 1/256, with
+    seed an int64 tensor (4,) on q's device: seed, step, layer, index of the first sequence (the same weights are
+    dropped on every backend, see csrc/fastlm.h). With return_lse also the natural log-sum-exp, fp32 (B, H, T), not
+    differentiable. Raises ValueError or TypeError before anything is computed. Differentiable once.
+    """
+    sizes = check("attention", q=(q, "B T H D"), k=(k, "B S H D"), v=(v, "B S H D"))
+    check_dtype("attention", (*KERNEL_DTYPES, torch.float64), q=q, k=k, v=v)
+    options = _options("attention", q, sizes["D"], causal, scale, dropout, seed)
+    o, lse = _Attention.apply(q, k, v, *options)
+    return (o, lse) if return_lse else o
+
+
+def attention_qkv(qkv, *, causal=True, scale=None, dropout=0.0, seed=None, return_lse=False):
+    """As `attention`, of q, k, v packed in one tensor (B, T, 3, H, D); its gradient comes back packed the same way."""
+    sizes = check("attention_qkv", qkv=(qkv, "B T 3 H D"))
+    check_dtype("attention_qkv", (*KERNEL_DTYPES, torch.float64), qkv=qkv)
+    options = _options("attention_qkv", qkv, sizes["D"], causal, scale, dropout, seed)
+    o, lse = _AttentionQKV.apply(qkv, *options)
+    return (o, lse) if return_lse else o
+
+
+def _options(op, q, D, causal, scale, dropout, seed):
+    if causal not in CAUSAL:
+        raise ValueError(f"{op}: causal is {causal!r}, wanted True, False or 'top-left'")
+    if not 0.0 <= dropout < 1.0:
+        raise ValueError(f"{op}: dropout is {dropout}, wanted 0 ≤ dropout < 1")
+    if dropout and seed is None:
+        raise ValueError(f"{op}: dropout={dropout} needs seed, an int64 tensor (4,): seed, step, layer, first sequence")
+    if seed is not None:
+        if seed.dtype != torch.int64 or seed.shape != (4,) or seed.device != q.device:
+            raise ValueError(
+                f"{op}: seed is {seed.dtype} {tuple(seed.shape)} on {seed.device}, wanted int64 (4,) on {q.device}"
+            )
+    return CAUSAL[causal], D**-0.5 if scale is None else float(scale), float(dropout), seed if dropout else None
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(q, k, v, causal, scale, dropout, seed):
+        return _fwd(inner_contiguous(q), inner_contiguous(k), inner_contiguous(v), causal, scale, dropout, seed)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        q, k, v, ctx.causal, ctx.scale, ctx.dropout, seed = inputs
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(q, k, v, *output, seed)
+
+    @staticmethod
+    def backward(ctx, do, _):
+        refuse_double_backward("attention")
+        q, k, v, o, lse, seed = ctx.saved_tensors
+        q, k, v = inner_contiguous(q), inner_contiguous(k), inner_contiguous(v)
+        do = inner_contiguous(do)
+        return *_bwd(do, q, k, v, o, lse, ctx.causal, ctx.scale, ctx.dropout, seed), None, None, None, None
+
+
+class _AttentionQKV(torch.autograd.Function):
+    @staticmethod
+    def forward(qkv, causal, scale, dropout, seed):
+        return _qkv_fwd(inner_contiguous(qkv), causal, scale, dropout, seed)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        qkv, ctx.causal, ctx.scale, ctx.dropout, seed = inputs
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(qkv, *output, seed)
+
+    @staticmethod
+    def backward(ctx, do, _):
+        refuse_double_backward("attention_qkv")
+        qkv, o, lse, seed = ctx.saved_tensors
+        dqkv = _qkv_bwd(
+            inner_contiguous(do), inner_contiguous(qkv), o, lse, ctx.causal, ctx.scale, ctx.dropout, seed
+        )
+        return dqkv, None, None, None, None
+
+
+def _key(q, k, v, causal, scale, dropout, seed):
+    return q.device, q.dtype, q.shape[-1], dropout > 0
+
+
+def _bwd_key(do, q, k, v, o, lse, causal, scale, dropout, seed):
+    return q.device, q.dtype, q.shape[-1], dropout > 0
+
+
+def _qkv_key(qkv, causal, scale, dropout, seed):
+    return qkv.device, qkv.dtype, qkv.shape[-1], dropout > 0
+
+
+def _qkv_bwd_key(do, qkv, o, lse, causal, scale, dropout, seed):
+    return qkv.device, qkv.dtype, qkv.shape[-1], dropout > 0
+
+
+def _limits(backend, q, *rest):
+    dropout = rest[-2]
+    if backend == "cpu" and q.dtype not in KERNEL_DTYPES:
+        return f"the {backend} kernel takes float32, bfloat16 or float16, got {q.dtype}"
+    if backend == "cpu" and q.shape[-1] > 256:
+        return f"the {backend} kernel takes head dimensions up to 256, got D={q.shape[-1]}"
+    if backend == "torch" and dropout:
+        return "torch's attention draws its own dropout mask and cannot repeat fastlm's: use cpu or reference"
+    return None
+
+
+def _bwd_limits(backend, do, q, *rest):
+    return _limits(backend, q, *rest)
+
+
+def _fwd_fake(q, k, v, causal, scale, dropout, seed):
+    B, T, H, D = q.shape
+    return q.new_empty(q.shape), q.new_empty((B, H, T), dtype=torch.promote_types(q.dtype, torch.float32))
+
+
+def _bwd_fake(do, q, k, v, o, lse, causal, scale, dropout, seed):
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _qkv_fwd_fake(qkv, causal, scale, dropout, seed):
+    return _fwd_fake(*qkv.unbind(2), causal, scale, dropout, seed)
+
+
+def _qkv_bwd_fake(do, qkv, o, lse, causal, scale, dropout, seed):
+    return qkv.new_empty(qkv.shape)
+
+
+_ROW = {"kernels": KERNELS, "order": ORDER}
+_OPTIONS = "int causal, float scale, float dropout, Tensor? seed"
+_fwd = define(
+    f"attention_fwd(Tensor q, Tensor k, Tensor v, {_OPTIONS}) -> (Tensor o, Tensor lse)",
+    **_ROW, family="attention", key=_key, limits=_limits, fake=_fwd_fake,
+)
+_bwd = define(
+    f"attention_bwd(Tensor do, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, {_OPTIONS})"
+    " -> (Tensor dq, Tensor dk, Tensor dv)",
+    **_ROW, family="attention", key=_bwd_key, limits=_bwd_limits, fake=_bwd_fake,
+)
+_qkv_fwd = define(
+    f"attention_qkv_fwd(Tensor qkv, {_OPTIONS}) -> (Tensor o, Tensor lse)",
+    **_ROW, family="attention", key=_qkv_key, limits=_limits, fake=_qkv_fwd_fake,
+)
+_qkv_bwd = define(
+    f"attention_qkv_bwd(Tensor do, Tensor qkv, Tensor o, Tensor lse, {_OPTIONS}) -> Tensor dqkv",
+    **_ROW, family="attention", key=_qkv_bwd_key, limits=_bwd_limits, fake=_qkv_bwd_fake,
+)

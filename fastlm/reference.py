@@ -1,0 +1,93 @@
+"""The oracle: every op written plainly in PyTorch, in the dtype's own arithmetic with statistics in fp32 or fp64."""
+
+import torch
+
+from fastlm.philox import keep_mask
+
+
+def softmax_xent_fwd(x, y, ignore):
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    lse = torch.logsumexp(x, dim=1)
+    ignored, inside = y == ignore, (y >= 0) & (y < x.shape[1])
+    label = torch.where(inside, y, 0)
+    picked = x.gather(1, label[:, None])[:, 0] if x.shape[1] else torch.zeros_like(lse)
+    loss = torch.where(inside, lse - picked, float("nan"))
+    return loss.masked_fill(ignored, 0.0), lse
+
+
+def softmax_xent_bwd(dloss, x, y, lse, ignore):
+    dx = torch.exp(x.to(lse.dtype) - lse[:, None])
+    ignored, inside = y == ignore, (y >= 0) & (y < x.shape[1])
+    vocab = torch.arange(x.shape[1], device=x.device)
+    dx = (dx - (vocab == y[:, None]).to(dx.dtype)) * dloss[:, None]
+    dx = dx.masked_fill(~inside[:, None], float("nan")).masked_fill(ignored[:, None], 0.0)
+    return dx.to(x.dtype)
+
+
+def _weights(q, k, causal, scale):
+    """p (B, H, T, S) and lse (B, H, T) of q (B, T, H, D), k (B, S, H, D)."""
+    (_, T, _, _), S = q.shape, k.shape[1]
+    scores = torch.einsum("bthd,bshd->bhts", q, k) * scale
+    if causal:
+        t = torch.arange(T, device=q.device)[:, None] + (S - T if causal == 1 else 0)
+        scores = scores.masked_fill(torch.arange(S, device=q.device) > t, float("-inf"))
+    lse = torch.logsumexp(scores, dim=-1)
+    p = torch.exp(scores - lse.masked_fill(lse == float("-inf"), 0.0)[..., None])
+    return p, lse
+
+
+def _drop(p, dropout, seed):
+    """p with the weights of fastlm's mask dropped and the others scaled up."""
+    drop = round(dropout * 256)
+    if not drop:
+        return p
+    return torch.where(keep_mask(seed, *p.shape, drop), p * (256 / (256 - drop)), 0.0)
+
+
+def attention_fwd(q, k, v, causal, scale, dropout, seed):
+    wide = torch.promote_types(q.dtype, torch.float32)
+    p, lse = _weights(q.to(wide), k.to(wide), causal, scale)
+    o = torch.einsum("bhts,bshd->bthd", _drop(p, dropout, seed), v.to(wide))
+    return o.to(q.dtype).contiguous(), lse
+
+
+def attention_bwd(do, q, k, v, o, lse, causal, scale, dropout, seed):
+    wide = torch.promote_types(q.dtype, torch.float32)
+    q_, k_, v_, do_ = (tensor.to(wide) for tensor in (q, k, v, do))
+    p, _ = _weights(q_, k_, causal, scale)
+    dv = torch.einsum("bhts,bthd->bshd", _drop(p, dropout, seed), do_)
+    dp = _drop(torch.einsum("bthd,bshd->bhts", do_, v_), dropout, seed)
+    delta = (do_ * o.to(wide)).sum(-1).transpose(1, 2)[..., None]  # (B, H, T, 1)
+    ds = p * (dp - delta) * scale
+    dq = torch.einsum("bhts,bshd->bthd", ds, k_)
+    dk = torch.einsum("bhts,bthd->bshd", ds, q_)
+    return tuple(grad.to(q.dtype).contiguous() for grad in (dq, dk, dv))
+
+
+def attention_qkv_fwd(qkv, causal, scale, dropout, seed):
+    return attention_fwd(*qkv.unbind(2), causal, scale, dropout, seed)
+
+
+def attention_qkv_bwd(do, qkv, o, lse, causal, scale, dropout, seed):
+    return torch.stack(attention_bwd(do, *qkv.unbind(2), o, lse, causal, scale, dropout, seed), dim=2)
+
+
+def decode_attention(q, k_pages, v_pages, block_table, lengths, scale):
+    B, T, H, D = q.shape
+    page = k_pages.shape[1]
+    o = torch.zeros_like(q, memory_format=torch.contiguous_format)
+    for b, length in enumerate(lengths.tolist()):
+        pages = block_table[b, : -(-length // page) if length else 0].long()
+        k = k_pages[pages].reshape(1, -1, H, D)[:, :length]
+        v = v_pages[pages].reshape(1, -1, H, D)[:, :length]
+        o[b : b + 1] = attention_fwd(q[b : b + 1], k, v, 1, scale, 0.0, None)[0]
+    return o
+
+
+def cache_append_(k_pages, v_pages, k, v, block_table, positions):
+    page = k_pages.shape[1]
+    for b, row in enumerate(positions.tolist()):
+        for t, position in enumerate(row):
+            if position >= 0:
+                at = int(block_table[b, position // page]), position % page
+                k_pages[at], v_pages[at] = k[b, t], v[b, t]

@@ -1,0 +1,153 @@
+"""The `torch` backend: every op through what PyTorch itself ships, the bar the other backends must clear."""
+
+import torch
+import torch.nn.functional as F
+
+from fastlm import reference
+
+aten = torch.ops.aten
+
+
+def softmax_xent_fwd(x, y, ignore):
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    logp = F.log_softmax(wide, dim=1)
+    loss = F.nll_loss(logp, y, ignore_index=ignore, reduction="none")
+    return loss, torch.logsumexp(wide, dim=1)
+
+
+def softmax_xent_bwd(dloss, x, y, lse, ignore):
+    dx = torch.sub(x, lse[:, None]).exp_()  # (N, V), in fp32
+    label = torch.where(y == ignore, 0, y)[:, None]
+    dx.scatter_add_(1, label, torch.full_like(label, -1, dtype=dx.dtype))
+    dx *= dloss.masked_fill(y == ignore, 0.0)[:, None]
+    return dx.to(x.dtype)
+
+
+def _bottom_right_mask(q, k):
+    """What is added to the scores where T < S: fp (T, S), 0 where query t sees key s ≤ t + S - T."""
+    T, S = q.shape[1], k.shape[1]
+    hidden = torch.ones(T, S, dtype=torch.bool, device=q.device).triu(S - T + 1)
+    return torch.zeros(T, S, dtype=q.dtype, device=q.device).masked_fill_(hidden, float("-inf"))
+
+
+def _kernel(q):
+    """The fused attention of torch that serves q (B, T, H, D): "cpu", "cudnn", "flash" or "efficient"."""
+    if q.device.type != "cuda":
+        return "cpu"
+    if q.dtype == torch.float32:
+        return "efficient"
+    modern = torch.cuda.get_device_capability(q.device) >= (9, 0)
+    return "cudnn" if modern and q.shape[-1] <= 128 and torch.backends.cudnn.enabled else "flash"
+
+
+def _serves(q, k, causal):
+    """Whether torch has a fused kernel; otherwise its composition serves."""
+    if 0 in q.shape or 0 in k.shape or q.device.type not in ("cpu", "cuda"):
+        return False
+    if q.device.type == "cpu":
+        return True
+    square = not causal or q.shape[1] == k.shape[1]
+    return square and q.shape[-1] % 8 == 0 and q.dtype != torch.float64
+
+
+def _split(q, k, causal):
+    """(rows, is_causal, mask): the first `rows` queries see no key; how torch masks the others."""
+    T, S = q.shape[1], k.shape[1]
+    if causal == 1 and T < S:
+        return 0, False, _bottom_right_mask(q, k)
+    return (T - S if causal == 1 else 0), bool(causal), None
+
+
+def attention_fwd(q, k, v, causal, scale, dropout, seed):
+    if not _serves(q, k, causal):
+        return reference.attention_fwd(q, k, v, causal, scale, dropout, seed)
+    blind, is_causal, mask = _split(q, k, causal)
+    qh, kh, vh = q[:, blind:].transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T or S, D)
+    kernel = _kernel(q)
+    if kernel == "cpu":
+        o, lse = aten._scaled_dot_product_flash_attention_for_cpu(
+            qh, kh, vh, 0.0, is_causal, attn_mask=mask, scale=scale
+        )
+    elif kernel == "cudnn":
+        o, lse = aten._scaled_dot_product_cudnn_attention(qh, kh, vh, None, True, 0.0, is_causal, scale=scale)[:2]
+    elif kernel == "flash":
+        o, lse = aten._scaled_dot_product_flash_attention(qh, kh, vh, 0.0, is_causal, scale=scale)[:2]
+    else:
+        o, lse = aten._scaled_dot_product_efficient_attention(qh, kh, vh, None, True, 0.0, is_causal, scale=scale)[:2]
+    o, lse = o.transpose(1, 2), lse.reshape(*lse.shape[:2], -1)[..., : q.shape[1] - blind]
+    if blind:
+        o, lse = F.pad(o, (0, 0, 0, 0, blind, 0)), F.pad(lse, (blind, 0), value=float("-inf"))
+    return o.contiguous(), lse.contiguous()
+
+
+def attention_bwd(do, q, k, v, o, lse, causal, scale, dropout, seed):
+    if not _serves(q, k, causal):
+        return reference.attention_bwd(do, q, k, v, o, lse, causal, scale, dropout, seed)
+    blind, is_causal, mask = _split(q, k, causal)
+    doh, qh, oh = (tensor[:, blind:].transpose(1, 2) for tensor in (do, q, o))
+    kh, vh, lse = k.transpose(1, 2), v.transpose(1, 2), lse[..., blind:].contiguous()
+    T, S = qh.shape[2], kh.shape[2]
+    kernel = _kernel(q)
+    if kernel == "cpu":
+        grads = aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            doh, qh, kh, vh, oh, lse, 0.0, is_causal, attn_mask=mask, scale=scale
+        )
+    else:
+        unused = torch.zeros((), dtype=torch.int64, device=q.device)  # the random state of a dropout that is off
+        if kernel == "cudnn":
+            grads = aten._scaled_dot_product_cudnn_attention_backward(
+                doh, qh, kh, vh, oh, lse[..., None], unused, unused, None, None, None, T, S, 0.0, is_causal, scale=scale
+            )
+        elif kernel == "flash":
+            grads = aten._scaled_dot_product_flash_attention_backward(
+                doh, qh, kh, vh, oh, lse, None, None, T, S, 0.0, is_causal, unused, unused, scale=scale
+            )
+        else:
+            lse = F.pad(lse, (0, -T % 32), value=float("inf"))  # the kernel reads whole tiles of 32 queries
+            grads = aten._scaled_dot_product_efficient_attention_backward(
+                doh, qh, kh, vh, None, oh, lse, unused, unused, 0.0, (True, True, True, False), is_causal, scale=scale
+            )[:3]
+    dq, dk, dv = (grad.transpose(1, 2) for grad in grads)
+    if blind:
+        dq = F.pad(dq, (0, 0, 0, 0, blind, 0))
+    return dq.contiguous(), dk.contiguous(), dv.contiguous()
+
+
+def attention_qkv_fwd(qkv, causal, scale, dropout, seed):
+    return attention_fwd(*qkv.unbind(2), causal, scale, dropout, seed)
+
+
+def attention_qkv_bwd(do, qkv, o, lse, causal, scale, dropout, seed):
+    return torch.stack(attention_bwd(do, *qkv.unbind(2), o, lse, causal, scale, dropout, seed), dim=2)
+
+
+def decode_attention(q, k_pages, v_pages, block_table, lengths, scale):
+    B, T, H, D = q.shape
+    pages, page = block_table.clamp(0, max(k_pages.shape[0] - 1, 0)).long(), k_pages.shape[1]
+    k = k_pages[pages].reshape(B, -1, H, D).transpose(1, 2)  # (B, H, max_pages · page, D)
+    v = v_pages[pages].reshape(B, -1, H, D).transpose(1, 2)
+    s = torch.arange(pages.shape[1] * page, device=q.device)
+    last = lengths[:, None] - T + torch.arange(T, device=q.device)  # (B, T), the newest position each query sees
+    seen = (s <= last[..., None])[:, None]  # (B, 1, T, S)
+    v = v.masked_fill((s >= lengths[:, None])[:, None, :, None], 0.0)  # what was never written may be NaN
+    k = k.masked_fill((s >= lengths[:, None])[:, None, :, None], 0.0)
+    o = F.scaled_dot_product_attention(q.transpose(1, 2), k, v, attn_mask=seen, scale=scale)
+    return o.masked_fill(~seen.any(-1, keepdim=True), 0.0).transpose(1, 2).contiguous()
+
+
+def cache_append_(k_pages, v_pages, k, v, block_table, positions):
+    page, (H, D) = k_pages.shape[1], k_pages.shape[2:]
+    if not positions.numel():
+        return
+    keep = (positions >= 0).flatten()
+    position = positions.clamp(min=0).long()
+    pages = block_table.gather(1, position // page).long().flatten()
+    rows = (position % page).flatten()
+    # What is not kept repeats one write that is: no device value is read on the host, and equal writes may race.
+    first = keep.int().argmax(dim=0, keepdim=True)
+    source = torch.where(keep, torch.arange(keep.numel(), device=keep.device), first)
+    any_kept = keep.any()
+    at = torch.where(any_kept, pages[source], 0), torch.where(any_kept, rows[source], 0)
+    for cache, new in ((k_pages, k), (v_pages, v)):
+        old = cache[0, 0]  # (H, D)
+        cache[at] = torch.where(any_kept, new.reshape(-1, H, D)[source], old)

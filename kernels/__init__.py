@@ -1,0 +1,1 @@
+"""fastlm's Triton kernels; imported as fastlm.kernels."""
