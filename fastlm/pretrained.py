@@ -21,7 +21,7 @@ def load(cls, name, *, device=None, dtype=torch.float32):
     Reads config.json and model.safetensors (or the shards that model.safetensors.index.json lists). Raises
     ValueError naming the file and the cause for anything missing, corrupt, or of another shape.
     """
-    directory = _directory(name)
+    directory = find(name)
     config = GPT2Config.load(directory / "config.json")
     with torch.device("meta"):
         model = cls(config)
@@ -36,8 +36,8 @@ def load(cls, name, *, device=None, dtype=torch.float32):
     return model.to(dtype).eval()
 
 
-def _directory(name):
-    """The local directory of a model: itself, or the hub's, fetched."""
+def find(name):
+    """The local directory of a model: itself, or a hub id fetched. Raises ValueError saying how to pass a directory."""
     path = Path(name)
     if path.is_dir():
         if not (path / "config.json").is_file():

@@ -1,0 +1,51 @@
+"""`fastlm train`: trains a GPT-2 on shards or straight on text."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def train(
+    data: Annotated[str | None, typer.Option(help="Prepared shards, or a text file or folder.")] = None,
+    out: Annotated[str | None, typer.Option(help="Directory of the run; afterwards a model directory.")] = None,
+    preset: Annotated[str | None, typer.Option(help="shakespeare-char, small or gpt2.")] = None,
+    config: Annotated[Path | None, typer.Option(help="A TOML file of settings.")] = None,
+    settings: Annotated[list[str] | None, typer.Option("--set", help="A setting, key=value; may be repeated.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in OUT.")] = False,
+):
+    """Train a GPT-2. Ctrl-C saves; --resume goes on, bit for bit."""
+    from fastlm.training.config import TrainConfig, read_settings
+    from fastlm.training.curve import read_metrics, save_png
+    from fastlm.training.report import Terminal
+    from fastlm.training.trainer import Trainer
+
+    values = read_settings(preset=preset, file=config, settings=settings or (), data=data, out=out)
+    report = Terminal()
+    if resume:
+        if "out" not in values:
+            raise ValueError("--resume needs --out, the directory of the run")
+        trainer = Trainer.resume(values.pop("out"), report=report, **values)
+    else:
+        trainer = Trainer(TrainConfig(**values), report=report)
+    if not trainer.run():
+        return
+    save_png(read_metrics(trainer.out / "metrics.jsonl"), trainer.out / "loss.png", title=str(trainer.out))
+    report.say(f"the model, its metrics and loss.png are in {trainer.out}")
+    if trainer.config.sample_tokens:
+        report.say(f"\na sample:\n\n{sample(trainer)}\n")
+    report.say(f"try: fastlm generate --model {trainer.out} --prompt 'Once'")
+
+
+def sample(trainer):
+    """A text that the trained model writes, after the configured prompt or the first held-out words."""
+    from fastlm.generation import generate
+
+    prompt = trainer.config.sample_prompt
+    if prompt is None:
+        tokens, _ = next(iter(trainer.val_data.whole(1)))
+        prompt = trainer.tokenizer.decode(tokens[0, : max(1, min(8, tokens.shape[1] // 4))])
+    return generate(
+        trainer.model, trainer.tokenizer, prompt, max_length=None,
+        max_new_tokens=trainer.config.sample_tokens, temperature=0.8, top_k=200, seed=trainer.config.seed,
+    )

@@ -1,0 +1,1 @@
+"""Text to tokens to batches: tokenizers, llm.c's shards, the loader."""

@@ -1,0 +1,61 @@
+"""KVCache: the keys and values of every layer, in pages, with a length per sequence.
+
+    k_pages[layer], v_pages[layer] (B · n, page, H, D)    block_table (B, n)    lengths (B,)
+
+Every sequence owns n pages from the start, so the decode loop allocates nothing. A step is announced with `begin`,
+run through the model, whose layers call `attend`, and closed with `end`.
+"""
+
+import torch
+
+from fastlm.ops import attention_qkv, cache_append_, decode_attention
+
+PAGE = 64  # positions a page
+
+
+class KVCache:
+    """Room for `capacity` positions of `batch` sequences of a model with `config`."""
+
+    def __init__(self, config, batch, capacity, *, device, dtype, page=PAGE):
+        H, n = config.n_head, -(-capacity // page)
+        shape = (batch * n, page, H, config.n_embd // H)
+        self.k_pages = [torch.empty(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
+        self.v_pages = [torch.empty(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
+        self.block_table = torch.arange(batch * n, dtype=torch.int32, device=device).view(batch, n)
+        self.lengths = torch.zeros(batch, dtype=torch.int32, device=device)
+        self._empty = True
+
+    def begin(self, counts, T):
+        """Announces T columns of which counts (B,) int32 are real; positions (B, T) int64 for the model.
+
+        Columns beyond a row's count are written nowhere. Only the first step, the prompts, may have unequal counts.
+        """
+        columns = torch.arange(T, dtype=torch.int32, device=self.lengths.device)
+        positions = self.lengths[:, None] + columns
+        self._written = torch.where(columns < counts[:, None], positions, -1)  # (B, T)
+        self._total = self.lengths + counts
+        return positions.long()
+
+    def attend(self, layer, qkv):
+        """Appends k and v of qkv (B, T, 3, H, D) and returns the attention of q over all that was appended."""
+        q, k, v = qkv.unbind(2)
+        pages = self.k_pages[layer], self.v_pages[layer]
+        cache_append_(*pages, k, v, self.block_table, self._written)
+        if self._empty:  # pads stand on the right, where no real token looks
+            return attention_qkv(qkv)
+        return decode_attention(q, *pages, self.block_table, self._total)
+
+    def end(self):
+        """Closes a step: what was appended counts."""
+        self.lengths, self._empty = self._total, False
+
+    def repeat(self, times):
+        """Makes every sequence `times` sequences with pages of their own, neighbours in the batch."""
+        batch, n = self.block_table.shape
+        for pages in (self.k_pages, self.v_pages):
+            for layer, cache in enumerate(pages):
+                rows = cache.view(batch, n, *cache.shape[1:]).repeat_interleave(times, 0)
+                pages[layer] = rows.view(batch * times * n, *cache.shape[1:])
+        table = torch.arange(batch * times * n, dtype=torch.int32, device=self.block_table.device)
+        self.block_table = table.view(batch * times, n)
+        self.lengths = self.lengths.repeat_interleave(times)

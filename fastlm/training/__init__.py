@@ -1,0 +1,1 @@
+"""The trainer: its configuration, its loop, its checkpoints, its curves."""

@@ -1,0 +1,69 @@
+"""What a training run shows in a terminal: bars while it works, a line per evaluation."""
+
+import time
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+from fastlm.training.trainer import Silent
+
+
+class Terminal(Silent):
+    """Shows a run: progress bar with loss, tokens/s and time left, and every evaluation."""
+
+    def __init__(self, console=None):
+        self.console = console or Console()
+        self._bar = self._task = None
+        self._shown = self._shown_step = 0
+
+    def say(self, text):
+        self.console.print(text, highlight=False, soft_wrap=True)
+
+    def preparing(self, done, total):
+        if self._bar is None:
+            self._open("tokenising", total)
+        self._bar.update(self._task, completed=done)
+
+    def prepared(self, manifest):
+        self._close()
+        self.say(
+            f"{manifest['characters']:,} characters: {manifest['train_tokens']:,} tokens to train on and "
+            f"{manifest['val_tokens']:,} held out, vocabulary {manifest['vocab_size']:,}"
+        )
+
+    def started(self, trainer):
+        parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
+        ran = ", ".join(f"{op} on {backend}" for op, backend in sorted(trainer.backends.items()))
+        self.say(f"{parameters / 1e6:.2f} M parameters on {trainer.device}; {ran}")
+        self._open("training", trainer.config.steps, "loss {task.fields[loss]} · {task.fields[rate]} tokens/s")
+        self._shown, self._shown_step = time.perf_counter(), trainer.step
+
+    def stepped(self, trainer, loss):
+        now = time.perf_counter()
+        if now - self._shown < 0.25 and trainer.step < trainer.config.steps:
+            return
+        tokens = (trainer.step - self._shown_step) * trainer.config.batch_size * trainer.config.sequence_length
+        rate = f"{tokens / (now - self._shown):,.0f}"
+        self._bar.update(self._task, completed=trainer.step, loss=f"{loss:.3f}", rate=rate)
+        self._shown, self._shown_step = now, trainer.step
+
+    def evaluated(self, trainer, row):
+        rate = f", {row['tokens_per_second']:,.0f} tokens/s" if row["tokens_per_second"] else ""
+        self.say(f"step {row['step']:>6}: training {row['train_loss']:.3f}, held out {row['val_loss']:.3f}{rate}")
+        self._shown, self._shown_step = time.perf_counter(), trainer.step
+
+    def finished(self, trainer):
+        self._close()
+
+    def _open(self, title, total, *more):
+        columns = [TextColumn(column) for column in (f"{title:10}", *more)]
+        self._bar = Progress(
+            columns[0], BarColumn(), TaskProgressColumn(), TimeRemainingColumn(), *columns[1:], console=self.console
+        )
+        self._task = self._bar.add_task(title, total=total, loss="…", rate="…")
+        self._bar.start()
+
+    def _close(self):
+        if self._bar is not None:
+            self._bar.stop()
+        self._bar = None
