@@ -7,12 +7,11 @@ from fastlm.philox import keep_mask
 
 def softmax_xent_fwd(x, y, ignore):
     x = x.to(torch.promote_types(x.dtype, torch.float32))
-    lse = torch.logsumexp(x, dim=1)
+    lse, logp = torch.logsumexp(x, dim=1), torch.log_softmax(x, dim=1)
     ignored, inside = y == ignore, (y >= 0) & (y < x.shape[1])
     label = torch.where(inside, y, 0)
-    picked = x.gather(1, label[:, None])[:, 0] if x.shape[1] else torch.zeros_like(lse)
-    loss = torch.where(inside, lse - picked, float("nan"))
-    return loss.masked_fill(ignored, 0.0), lse
+    loss = -logp.gather(1, label[:, None])[:, 0] if x.shape[1] else torch.zeros_like(lse)
+    return loss.masked_fill(~inside, float("nan")).masked_fill(ignored, 0.0), lse
 
 
 def softmax_xent_bwd(dloss, x, y, lse, ignore):
@@ -24,16 +23,14 @@ def softmax_xent_bwd(dloss, x, y, lse, ignore):
     return dx.to(x.dtype)
 
 
-def _weights(q, k, causal, scale):
-    """p (B, H, T, S) and lse (B, H, T) of q (B, T, H, D), k (B, S, H, D)."""
+def _scores(q, k, causal, scale):
+    """scale · q kᵀ (B, H, T, S) of q (B, T, H, D), k (B, S, H, D); -inf where a query does not see a key."""
     (_, T, _, _), S = q.shape, k.shape[1]
     scores = torch.einsum("bthd,bshd->bhts", q, k) * scale
     if causal:
         t = torch.arange(T, device=q.device)[:, None] + (S - T if causal == 1 else 0)
         scores = scores.masked_fill(torch.arange(S, device=q.device) > t, float("-inf"))
-    lse = torch.logsumexp(scores, dim=-1)
-    p = torch.exp(scores - lse.masked_fill(lse == float("-inf"), 0.0)[..., None])
-    return p, lse
+    return scores
 
 
 def _drop(p, dropout, seed):
@@ -46,7 +43,9 @@ def _drop(p, dropout, seed):
 
 def attention_fwd(q, k, v, causal, scale, dropout, seed):
     wide = torch.promote_types(q.dtype, torch.float32)
-    p, lse = _weights(q.to(wide), k.to(wide), causal, scale)
+    scores = _scores(q.to(wide), k.to(wide), causal, scale)
+    lse = torch.logsumexp(scores, dim=-1)
+    p = torch.softmax(scores, dim=-1).masked_fill((lse == float("-inf"))[..., None], 0.0)
     o = torch.einsum("bhts,bshd->bthd", _drop(p, dropout, seed), v.to(wide))
     return o.to(q.dtype).contiguous(), lse
 
@@ -54,7 +53,7 @@ def attention_fwd(q, k, v, causal, scale, dropout, seed):
 def attention_bwd(do, q, k, v, o, lse, causal, scale, dropout, seed):
     wide = torch.promote_types(q.dtype, torch.float32)
     q_, k_, v_, do_ = (tensor.to(wide) for tensor in (q, k, v, do))
-    p, _ = _weights(q_, k_, causal, scale)
+    p = torch.exp(_scores(q_, k_, causal, scale) - lse.masked_fill(lse == float("-inf"), 0.0)[..., None])
     dv = torch.einsum("bhts,bthd->bshd", _drop(p, dropout, seed), do_)
     dp = _drop(torch.einsum("bthd,bshd->bhts", do_, v_), dropout, seed)
     delta = (do_ * o.to(wide)).sum(-1).transpose(1, 2)[..., None]  # (B, H, T, 1)

@@ -123,6 +123,8 @@ def attention_qkv_bwd(do, qkv, o, lse, causal, scale, dropout, seed):
 
 def decode_attention(q, k_pages, v_pages, block_table, lengths, scale):
     B, T, H, D = q.shape
+    if not q.numel():
+        return torch.empty_like(q, memory_format=torch.contiguous_format)
     pages, page = block_table.clamp(0, max(k_pages.shape[0] - 1, 0)).long(), k_pages.shape[1]
     k = k_pages[pages].reshape(B, -1, H, D).transpose(1, 2)  # (B, H, max_pages · page, D)
     v = v_pages[pages].reshape(B, -1, H, D).transpose(1, 2)

@@ -129,7 +129,7 @@ void drop_tile(float* weights, const DropoutMask& mask, int64_t rows, int64_t t0
 
 // How many runs the tiles of one head are cut into, so that every thread finds work.
 inline int64_t pieces(int64_t heads, int64_t tiles, int threads) {
-  return heads >= 2 * threads ? 1 : std::min(tiles, (4 * threads + heads - 1) / heads);
+  return heads == 0 || heads >= 2 * threads ? 1 : std::min(tiles, (4 * threads + heads - 1) / heads);
 }
 
 template <class T>

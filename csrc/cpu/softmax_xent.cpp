@@ -59,10 +59,11 @@ void fwd(const SoftmaxXentFwd& op, int threads) {
     const T* x = static_cast<const T*>(op.x) + n * op.stride_xn;  // (V,)
     const float m = row_maximum(x, op.V);
     const bool finite = m - m == 0;
-    const float lse = finite ? m + std::log(row_sum_exp(x, op.V, m)) : m;
+    const float log_sum = finite ? std::log(row_sum_exp(x, op.V, m)) : 0.0f;
     const int64_t y = op.y[n];
-    op.lse[n] = lse;
-    op.loss[n] = y == op.ignore ? 0.0f : y < 0 || y >= op.V || !finite ? kNaN : lse - to_float(x[y]);
+    op.lse[n] = m + log_sum;
+    // Not lse - x[y]: where logits are large, lse has been rounded to their size.
+    op.loss[n] = y == op.ignore ? 0.0f : y < 0 || y >= op.V || !finite ? kNaN : log_sum - (to_float(x[y]) - m);
   });
 }
 

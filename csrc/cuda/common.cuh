@@ -7,6 +7,7 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
+#define FASTLM_SHARED(type, name, count) __shared__ type name[count]
 #define FASTLM_LAUNCH(kernel, grid, block, stream, ...) kernel<<<grid, block, 0, stream>>>(__VA_ARGS__)
 #endif
 
@@ -45,21 +46,23 @@ __device__ inline int64_t elements_to_boundary(const T* p) {
   return (16 - reinterpret_cast<uintptr_t>(p) % 16) % 16 / sizeof(T);
 }
 
-// The softmax of the values seen so far, in base 2: maximum m and sum s of 2^(x - m).
+// The softmax of the values seen so far: maximum m and sum s of exp(x - m). Exponentials are taken in base 2, after
+// the subtraction: folding log2 e into x would round where logits are large.
 struct OnlineSoftmax {
   float m, s;
 
   // The exponents' origin: m, or 0 while nothing but -inf was seen (-inf minus itself would be NaN).
   __device__ static float origin(float m) { return m == -INFINITY ? 0.0f : m; }
+  __device__ static float exp(float x) { return exp2f(x * kLog2e); }
 
   __device__ void merge(OnlineSoftmax other) {
     const float top = fmaxf(m, other.m), from = origin(top);
-    s = s * exp2f(m - from) + other.s * exp2f(other.m - from);
+    s = s * exp(m - from) + other.s * exp(other.m - from);
     m = top;
   }
 
-  // log sum exp, natural; -inf where only -inf was seen.
-  __device__ float lse() const { return s == 0.0f ? -INFINITY : (m + log2f(s)) * kLn2; }
+  // log sum exp(x - m), natural; -inf where only -inf was seen.
+  __device__ float log_sum() const { return log2f(s) * kLn2; }
 };
 
 inline void check_launch(const char* op) {

@@ -6,8 +6,8 @@
 //
 // A block owns a row. Forward reads it once, in 16-byte vectors where the row allows (its first elements up to a
 // boundary and its last ones singly); every thread keeps a running maximum and sum, merged over lanes, then over
-// warps, in a fixed order. Backward reads x once and writes dx once. Exponentials are in base 2 with log2 e folded
-// into the input. Source of the online softmax: Milakov and Gimelshein, arXiv 1805.02867.
+// warps, in a fixed order. Backward reads x once and writes dx once.
+// Source of the online softmax: Milakov and Gimelshein, arXiv 1805.02867.
 #include "common.cuh"
 
 namespace fastlm::cuda {
@@ -17,20 +17,17 @@ constexpr int kThreads = 512, kWarps = kThreads / 32;
 
 template <class T>
 __device__ void take(OnlineSoftmax& state, const T* x, int count) {
-  float scaled[Vector<T>::kSize], top = state.m;
-  for (int i = 0; i < count; i++) {
-    scaled[i] = to_float(x[i]) * kLog2e;
-    top = fmaxf(top, scaled[i]);
-  }
+  float top = state.m;
+  for (int i = 0; i < count; i++) top = fmaxf(top, to_float(x[i]));
   const float from = OnlineSoftmax::origin(top);
-  float s = state.s * exp2f(state.m - from);
-  for (int i = 0; i < count; i++) s += exp2f(scaled[i] - from);
+  float s = state.s * OnlineSoftmax::exp(state.m - from);
+  for (int i = 0; i < count; i++) s += OnlineSoftmax::exp(to_float(x[i]) - from);
   state = {top, s};
 }
 
 // The state of the whole block, in every thread.
 __device__ OnlineSoftmax merge_block(OnlineSoftmax state) {
-  __shared__ OnlineSoftmax of_warp[kWarps];
+  FASTLM_SHARED(OnlineSoftmax, of_warp, kWarps);
   for (int offset = 16; offset; offset /= 2)
     state.merge({__shfl_xor_sync(0xffffffffu, state.m, offset), __shfl_xor_sync(0xffffffffu, state.s, offset)});
   if (threadIdx.x % 32 == 0) of_warp[threadIdx.x / 32] = state;
@@ -59,16 +56,16 @@ __global__ void __launch_bounds__(kThreads) _softmax_xent_fwd_kernel(SoftmaxXent
 
   if (threadIdx.x == 0) {
     const int64_t y = op.y[n];
-    const float lse = state.lse();
-    op.lse[n] = lse;
-    op.loss[n] = y == op.ignore ? 0.0f : y < 0 || y >= V ? NAN : lse - to_float(x[y]);
+    op.lse[n] = state.m + state.log_sum();
+    // Not lse - x[y]: where logits are large, lse has been rounded to their size.
+    op.loss[n] = y == op.ignore ? 0.0f : y < 0 || y >= V ? NAN : state.log_sum() - (to_float(x[y]) - state.m);
   }
 }
 
 // dx of one row: p scaled by dloss, without the label's -1.
 template <class T>
-__device__ T gradient(T x, float lse2, float dloss) {
-  return from_float<T>(exp2f(to_float(x) * kLog2e - lse2) * dloss);
+__device__ T gradient(T x, float lse, float dloss) {
+  return from_float<T>(OnlineSoftmax::exp(to_float(x) - lse) * dloss);
 }
 
 template <class T>
@@ -82,9 +79,9 @@ __global__ void __launch_bounds__(kThreads) _softmax_xent_bwd_kernel(SoftmaxXent
     for (int64_t v = threadIdx.x; v < V; v += kThreads) dx[v] = fill;
     return;
   }
-  const float dloss = op.dloss[n], lse2 = op.lse[n] * kLog2e;
-  const float at_label = (exp2f(to_float(x[y]) * kLog2e - lse2) - 1.0f) * dloss;
-  __syncthreads();  // every thread has read x[y] before dx, which may be x, is written
+  const float dloss = op.dloss[n], lse = op.lse[n];
+  // Only the thread that writes dx[y] uses this, and dx may be x: no other writes there before it has read.
+  const float at_label = (OnlineSoftmax::exp(to_float(x[y]) - lse) - 1.0f) * dloss;
 
   const bool alike = reinterpret_cast<uintptr_t>(x) % 16 == reinterpret_cast<uintptr_t>(dx) % 16;
   const int64_t head = alike ? min(elements_to_boundary(x), V) : V, vectors = (V - head) / kSize;
@@ -94,14 +91,14 @@ __global__ void __launch_bounds__(kThreads) _softmax_xent_bwd_kernel(SoftmaxXent
     Vector<T> values = body[i];
     for (int j = 0; j < kSize; j++) {
       const int64_t v = head + i * kSize + j;
-      values.at[j] = v == y ? from_float<T>(at_label) : gradient(values.at[j], lse2, dloss);
+      values.at[j] = v == y ? from_float<T>(at_label) : gradient(values.at[j], lse, dloss);
     }
     out[i] = values;
   }
   for (int64_t v = threadIdx.x; v < head; v += kThreads)
-    dx[v] = v == y ? from_float<T>(at_label) : gradient(x[v], lse2, dloss);
+    dx[v] = v == y ? from_float<T>(at_label) : gradient(x[v], lse, dloss);
   for (int64_t v = head + vectors * kSize + threadIdx.x; v < V; v += kThreads)
-    dx[v] = v == y ? from_float<T>(at_label) : gradient(x[v], lse2, dloss);
+    dx[v] = v == y ? from_float<T>(at_label) : gradient(x[v], lse, dloss);
 }
 
 template <class T>

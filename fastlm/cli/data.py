@@ -15,23 +15,30 @@ def data():
 
 @app.command("prepare")
 def prepare(
-    paths: Annotated[list[Path], typer.Argument(help="Text files, or folders of them.")],
+    paths: Annotated[list[Path], typer.Argument(help="Text files, or folders of them.", metavar="PATH...")],
     out: Annotated[Path, typer.Option(help="Directory to write: shards, tokenizer, manifest.json.")],
-    tokenizer: Annotated[str, typer.Option(help="bpe, bytes, chars, or a directory or tokenizer.json.")] = "bpe",
-    vocab_size: Annotated[int | None, typer.Option(help="Size of a trained bpe vocabulary [8192].")] = None,
-    val_fraction: Annotated[float, typer.Option(help="The last part of the text, held out.")] = 0.1,
-    overwrite: Annotated[bool, typer.Option(help="Replace OUT if it was made by this command.")] = False,
+    tokenizer: Annotated[
+        str, typer.Option(help="bpe (trained on the text), bytes, chars, a directory, or a hub id.")
+    ] = "bpe",
+    vocab_size: Annotated[
+        int | None, typer.Option(help="Tokens of a vocabulary that is trained.", show_default="8192")
+    ] = None,
+    val_fraction: Annotated[float, typer.Option(help="How much of the end is held out.")] = 0.1,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what this made there.")] = False,
 ):
     """Tokenise text files or folders into train and val shards (llm.c's .bin format)."""
-    from rich.progress import BarColumn, Progress, TaskProgressColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
     from fastlm.data.prepare import prepare
 
-    with Progress("{task.description}", BarColumn(), TaskProgressColumn(), TimeRemainingColumn()) as bar:
-        task = bar.add_task("tokenising", total=None)
+    columns = TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn()
+    with Progress(*columns, transient=True) as bar:
+        task = bar.add_task("reading", total=None)
         manifest = prepare(
-            paths, out, tokenizer=tokenizer, vocab_size=vocab_size, val_fraction=val_fraction, overwrite=overwrite,
-            progress=lambda done, total: bar.update(task, completed=done, total=total),
+            paths, out, tokenizer=tokenizer, vocab_size=vocab_size, val_fraction=val_fraction,
+            overwrite=overwrite, progress=lambda done, total: bar.update(
+                task, description="tokenising", completed=done, total=total,
+            ),
         )
     show(manifest, out)
 
@@ -43,12 +50,13 @@ def show(manifest, out):
 
     table = Table.grid(padding=(0, 2))
     tokens = manifest["train_tokens"] + manifest["val_tokens"]
-    skipped = f" ({manifest['skipped_files']} skipped)" if manifest["skipped_files"] else ""
+    skipped = f" ({manifest['skipped_files']} without text skipped)" if manifest["skipped_files"] else ""
     table.add_row("files", f"{manifest['files']:,}{skipped}")
     table.add_row("characters", f"{manifest['characters']:,}")
     table.add_row("vocabulary", f"{manifest['vocab_size']:,} ({manifest['tokenizer']})")
-    table.add_row("train", f"{manifest['train_tokens']:,} tokens in {manifest['train_shards']} shards")
-    table.add_row("val", f"{manifest['val_tokens']:,} tokens in {manifest['val_shards']} shards")
-    table.add_row("characters a token", f"{manifest['characters'] / tokens:.2f}")
+    for split in ("train", "val"):
+        shards = manifest[f"{split}_shards"]
+        table.add_row(split, f"{manifest[f'{split}_tokens']:,} tokens in {shards} shard{'s' * (shards != 1)}")
+    table.add_row("characters per token", f"{manifest['characters'] / tokens:.2f}")
     table.add_row("written to", str(out))
-    Console().print(table)
+    Console().print(table, soft_wrap=True)

@@ -1,156 +1,315 @@
-"""Text files and folders to a directory of token shards with their tokenizer and a manifest."""
+"""Text files and folders to a directory of token shards with their tokenizer and a manifest.
 
+    OUT/train_000000.bin ... val_000000.bin ...   tokens, in llm.c's format
+    OUT/tokenizer.json, tokenizer_config.json     what made them
+    OUT/manifest.json                             counts, and the sha256 of every file
+
+Text is read in parts, twice: once to count characters, once to tokenise; only a text that cannot be divided
+(a vocabulary that is not GPT-2's kind) is held whole.
+"""
+
+import codecs
+import contextlib
+import hashlib
 import json
 import os
+import secrets
 import shutil
-import tempfile
 from pathlib import Path
 
-import numpy as np
-
-from fastlm.data.shards import SHARD_TOKENS, token_dtype, write_shard
+from fastlm.data.shards import SHARD_TOKENS, ShardWriter, read_shard
 from fastlm.data.tokenizer import Tokenizer
 
 MANIFEST = "manifest.json"
+FORMAT = "fastlm data"
 KINDS = ("chars", "bytes", "bpe")
+VOCAB_SIZE = 8192  # of a trained BPE
+PART = 1 << 20  # bytes read at a time
 
 
-def read_texts(paths):
-    """(documents, skipped): the UTF-8 texts of files and of all files in folders, in order of path.
+class Corpus:
+    """The text files of `paths`, files or folders of them, in order of path.
 
-    Files that are no UTF-8 text are skipped and counted. Raises ValueError where nothing is left. The whole text is
-    held in memory.
+    In folders every file that is UTF-8 text without a zero byte counts, at any depth; others are skipped,
+    and so are empty and hidden ones and what lies under `leave_out`. `files` maps each to its number of
+    characters, `characters` is their sum, `skipped` a number of files. Raises ValueError for a path that
+    does not exist, a file named in `paths` that is no text, and where no text is found.
     """
-    texts, skipped = [], 0
-    for path in map(Path, paths):
-        if not path.exists():
-            raise ValueError(f"{path}: no such file or folder; pass text files or folders of them")
-        for file in _files(path):
-            try:
-                text = file.read_bytes().decode("utf-8")
-            except UnicodeDecodeError:
-                text = "\0"
-            except OSError as error:
-                raise ValueError(f"{file}: cannot be read ({error.strerror})") from None
-            if "\0" in text:
-                skipped += 1
-            elif text:
-                texts.append(text)
-    if not texts:
-        named = ", ".join(map(str, paths))
-        raise ValueError(f"{named}: no text found ({skipped} files are empty or no UTF-8 text); pass UTF-8 text files")
-    return texts, skipped
+
+    def __init__(self, paths, *, leave_out=None):
+        self.files, self.skipped, seen = {}, 0, set()
+        for path in map(Path, paths):
+            if not path.exists():
+                raise ValueError(f"{path}: no such file or folder; pass text files or folders of them")
+            if path.is_dir():
+                files = _below(path, leave_out)
+            elif path.is_file():
+                files = [path]
+            else:
+                raise ValueError(f"{path}: is neither file nor folder; pass text files or folders of them")
+            for file in files:
+                if (real := file.resolve()) in seen:
+                    continue
+                seen.add(real)
+                try:
+                    count = sum(map(len, _parts(file)))
+                except UnicodeDecodeError as error:
+                    if file == path:
+                        reason = f"{error.reason} at byte {error.start}"
+                        raise ValueError(f"{file}: is no UTF-8 text ({reason}); pass text files") from None
+                    count = 0
+                if count:
+                    self.files[file] = count
+                else:
+                    self.skipped += 1
+        self.characters = sum(self.files.values())
+        if not self.files:
+            named = ", ".join(map(str, paths)) or "no path was given"
+            skipped = f"{self.skipped} files are empty or not UTF-8"
+            raise ValueError(f"{named}: no text found ({skipped}); pass text files or folders of them")
+
+    def documents(self, first=0, last=None):
+        """Yields, for every file of characters `first` up to `last` of all, an iterator of their parts."""
+        last = self.characters if last is None else last
+        for file, count in self.files.items():
+            if first < count and last > 0:
+                yield _slice(file, count, max(first, 0), min(last, count))
+            first, last = first - count, last - count
 
 
-def _files(path):
-    """The file itself, or all files of a folder but the hidden ones."""
-    if path.is_file():
-        return [path]
-    below = (file for file in path.rglob("*") if file.is_file())
-    return sorted(file for file in below if not any(part[0] == "." for part in file.relative_to(path).parts))
-
-
-def split_texts(texts, val_fraction):
-    """(train, val) documents: the last `val_fraction` of all characters is val; a document on the border is cut."""
-    cut = int(sum(map(len, texts)) * (1 - val_fraction))
-    train, val = [], []
-    for text in texts:
-        head = max(min(cut, len(text)), 0)
-        train += [text[:head]] if head else []
-        val += [text[head:]] if head < len(text) else []
-        cut -= len(text)
-    return train, val
-
-
-def make_tokenizer(kind, texts, train, vocab_size=None):
-    """The tokenizer `kind`: "chars" (of all texts), "bytes", "bpe" (trained on train), or a path to load."""
-    if kind == "chars":
-        return Tokenizer.chars("".join(sorted(set().union(*texts))))
-    if kind == "bytes":
-        return Tokenizer.bytes()
-    if kind == "bpe":
-        return Tokenizer.train_bpe(train, vocab_size or 8192)
-    return Tokenizer.load(kind)
-
-
-def prepare(paths, out, *, tokenizer="bpe", vocab_size=None, val_fraction=0.1, overwrite=False, progress=None):
+def prepare(
+    paths, out, *, tokenizer="bpe", vocab_size=None, val_fraction=0.1, overwrite=False, progress=None,
+    shard_tokens=SHARD_TOKENS,
+):
     """Writes OUT/train_*.bin, val_*.bin, the tokenizer's files and manifest.json; returns the manifest.
 
-    tokenizer: "bpe" (byte-level, trained on the text, `vocab_size` tokens, 8192 unless given), "bytes", "chars", or a
-    directory or tokenizer.json. Documents end with the end-of-text token where the vocabulary has one. OUT appears
-    complete or not at all; one that exists is replaced only with `overwrite`, and only if it was made here.
-    progress(done, total) is called with characters. Raises ValueError.
+    tokenizer: "bpe" (byte-level, trained on the training text, `vocab_size` tokens, 8192 unless given),
+    "bytes", "chars" (of the whole text), a directory, tokenizer.json or hub id, or a Tokenizer. The last
+    `val_fraction` of all characters is val, and a document on the border is cut. Where the vocabulary has
+    an end of text, it separates the documents of a split. OUT appears complete or not at all; one that
+    exists is replaced only with `overwrite`, and only if it holds nothing but what was made here.
+    progress(done, total) is told of characters. Raises ValueError.
     """
     out = Path(out)
-    if not 0 < val_fraction < 1:
-        raise ValueError(f"val_fraction is {val_fraction}, wanted between 0 and 1")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        if not (out / MANIFEST).is_file():
-            raise ValueError(f"{out}: exists and was not made by `fastlm data prepare`; pass another --out")
-        if not overwrite:
-            raise ValueError(f"{out}: exists; pass --overwrite to replace it, or another --out")
-    texts, skipped = read_texts(paths)
-    train, val = split_texts(texts, val_fraction)
-    if not train or not val:
-        raise ValueError(f"{', '.join(map(str, paths))}: too little text to split by val_fraction={val_fraction}")
-    vocabulary = make_tokenizer(tokenizer, texts, train, vocab_size)
-    characters = sum(map(len, texts))
+    if not 0 <= val_fraction < 1:
+        raise ValueError(f"val_fraction is {val_fraction}, wanted 0 or more and less than 1")
+    if vocab_size is not None and tokenizer != "bpe":
+        raise ValueError(f"vocab_size is {vocab_size}, but only a tokenizer that is trained (bpe) takes one")
+    _check_replaceable(out, overwrite)
+    corpus = Corpus(paths, leave_out=out)
+    cut = int(corpus.characters * (1 - val_fraction))
+    if not cut or (val_fraction and cut == corpus.characters):
+        raise ValueError(
+            f"{', '.join(map(str, paths))}: {corpus.characters} characters, too little text to split by "
+            f"val_fraction={val_fraction}; add text"
+        )
+    trained = tokenizer == "bpe"
+    advance = _advance(progress, corpus.characters + (cut if trained else 0))
+    vocabulary = _make_tokenizer(tokenizer, corpus, cut, vocab_size, advance)
 
-    out.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+    place = out.resolve()  # a link stays, what it names is replaced
+    place.parent.mkdir(parents=True, exist_ok=True)
+    staging = place.parent / f".{place.name}-{secrets.token_hex(4)}"
+    staging.mkdir()
     try:
-        done = 0
         manifest = {
-            "format": "fastlm data", "tokenizer": str(tokenizer), "vocab_size": vocabulary.vocab_size,
-            "files": len(texts), "skipped_files": skipped, "characters": characters,
+            "format": FORMAT, "version": 1,
+            "tokenizer": vocabulary.kind if isinstance(tokenizer, Tokenizer) else str(tokenizer),
+            "vocab_size": vocabulary.vocab_size, "end_of_text": vocabulary.end_of_text,
+            "files": len(corpus.files), "skipped_files": corpus.skipped, "characters": corpus.characters,
+            "train_characters": cut, "val_characters": corpus.characters - cut, "val_fraction": val_fraction,
         }
-        for split, documents in (("train", train), ("val", val)):
-            writer = _ShardWriter(staging, split, vocabulary)
-            for text in documents:
-                writer.add(text)
-                done += len(text)
-                if progress:
-                    progress(done, characters)
-            manifest |= {f"{split}_tokens": writer.close(), f"{split}_shards": writer.shards}
+        for split, first, last in (("train", 0, cut), ("val", cut, corpus.characters)):
+            with ShardWriter(staging, split, vocabulary.vocab_size, shard_tokens=shard_tokens) as writer:
+                for number, document in enumerate(corpus.documents(first, last)):
+                    if number and vocabulary.end_of_text is not None:
+                        writer.write([vocabulary.end_of_text])
+                    for ids in vocabulary.encode_stream(document, progress=advance):
+                        writer.write(ids)
+            manifest |= {f"{split}_tokens": writer.tokens, f"{split}_shards": len(writer.paths)}
         vocabulary.save(staging)
-        (staging / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-        os.chmod(staging, 0o755)
-        if out.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{out.name}-old-", dir=out.parent))
-            os.replace(out, old)
-            os.replace(staging, out)
-            shutil.rmtree(old)
-        else:
-            os.replace(staging, out)
+        manifest["sha256"] = {file.name: _sha256(file) for file in sorted(staging.iterdir())}
+        _write_manifest(staging, manifest)
+        _put(staging, place)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return manifest
 
 
-class _ShardWriter:
-    """Collects a split's tokens and writes a shard whenever one is full."""
+def load_manifest(directory, *, verify=False):
+    """The manifest of a prepared directory; ValueError where it, or one of its files, is missing or damaged.
 
-    def __init__(self, directory, split, tokenizer):
-        self._directory, self._split, self._tokenizer = directory, split, tokenizer
-        self._pending, self._count = [], 0
-        self.tokens, self.shards = 0, 0
+    The tokenizer's files are compared with their sha256 and the shards with their size; `verify` compares
+    every byte.
+    """
+    path = Path(directory) / MANIFEST
+    try:
+        manifest = json.loads(path.read_bytes().decode("utf-8"))
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror}); prepare the data again") from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: no valid JSON ({error}); prepare the data again") from None
+    ours = isinstance(manifest, dict) and manifest.get("format") == FORMAT
+    hashes = manifest.get("sha256") if ours else None
+    if not isinstance(hashes, dict) or any(Path(name).name != name for name in hashes):
+        raise ValueError(f"{path}: is no manifest of `fastlm data prepare`; prepare the data again")
+    for split in ("train", "val"):
+        names = [name for name in hashes if name.startswith(f"{split}_")]
+        tokens = sum(len(read_shard(path.parent / name)) for name in names)
+        if tokens != (wanted := manifest.get(f"{split}_tokens")):
+            raise ValueError(
+                f"{path}: counts {wanted} {split} tokens, but the shards that it names have {tokens}; "
+                "prepare the data again"
+            )
+    for name, wanted in hashes.items():
+        if (verify or not name.endswith(".bin")) and (found := _sha256(path.parent / name)) != wanted:
+            raise ValueError(
+                f"{path.parent / name}: has sha256 {found[:12]}…, but {MANIFEST} has {str(wanted)[:12]}…; "
+                "it was changed or damaged; prepare the data again"
+            )
+    return manifest
 
-    def add(self, text):
-        ids = self._tokenizer.encode_array(text)
-        if self._tokenizer.end_of_text is not None:
-            ids = np.append(ids, self._tokenizer.end_of_text)
-        self._pending.append(ids.astype(token_dtype(self._tokenizer.vocab_size)))
-        self._count += len(ids)
-        if self._count >= SHARD_TOKENS:
-            self._write()
 
-    def _write(self):
-        write_shard(self._directory / f"{self._split}_{self.shards:06d}.bin", np.concatenate(self._pending))
-        self.tokens, self.shards = self.tokens + self._count, self.shards + 1
-        self._pending, self._count = [], 0
+def _make_tokenizer(kind, corpus, cut, vocab_size, advance):
+    if isinstance(kind, Tokenizer):
+        return kind
+    if kind == "chars":
+        alphabet = set()
+        for document in corpus.documents():
+            alphabet.update(*document)
+        return Tokenizer.chars("".join(alphabet))
+    if kind == "bytes":
+        return Tokenizer.bytes()
+    if kind == "bpe":
+        documents = (_told(document, advance) for document in corpus.documents(0, cut))
+        return Tokenizer.train_bpe(documents, VOCAB_SIZE if vocab_size is None else vocab_size)
+    return Tokenizer.load(kind)
 
-    def close(self):
-        """Writes what is left; the split's number of tokens."""
-        if self._count:
-            self._write()
-        return self.tokens
+
+def _told(parts, advance):
+    """The parts of a document, each told of behind it."""
+    for part in parts:
+        yield part
+        advance(len(part))
+
+
+def _advance(progress, total):
+    """A function of characters that calls progress(done so far, total)."""
+    done = 0
+
+    def advance(characters):
+        nonlocal done
+        done += characters
+        if progress:
+            progress(done, total)
+
+    return advance
+
+
+def _below(folder, leave_out):
+    """The files of a folder at any depth, in order of path, without hidden ones."""
+    leave_out = leave_out and leave_out.resolve()
+
+    def refuse(error):
+        raise ValueError(f"{error.filename}: cannot be read ({error.strerror})") from None
+
+    files = []
+    for root, folders, names in os.walk(folder, onerror=refuse):
+        root = Path(root)
+        folders[:] = [name for name in folders if name[0] != "." and (root / name).resolve() != leave_out]
+        files += [root / name for name in names if name[0] != "." and (root / name).is_file()]
+    return sorted(files)
+
+
+def _parts(file):
+    """The text of a file in parts; UnicodeDecodeError where it is no UTF-8 text."""
+    decoder, at = codecs.getincrementaldecoder("utf-8")(), 0
+    try:
+        with open(file, "rb") as source:
+            while True:
+                data = source.read(PART)
+                if (zero := data.find(0)) >= 0:
+                    raise UnicodeDecodeError("utf-8", data, zero, zero + 1, "a zero byte")
+                pending = len(decoder.getstate()[0])
+                if text := decoder.decode(data, final=not data):
+                    yield text
+                if not data:
+                    return
+                at += len(data)
+    except UnicodeDecodeError as error:
+        start = at + error.start - (0 if error.reason == "a zero byte" else pending)
+        raise UnicodeDecodeError("utf-8", b"", start, start + 1, error.reason) from None
+    except OSError as error:
+        raise ValueError(f"{file}: cannot be read ({error.strerror})") from None
+
+
+def _slice(file, count, first, last):
+    """Characters `first` to `last` of a file of `count`, in parts."""
+    at = 0
+    with contextlib.suppress(UnicodeDecodeError):  # then the count is another too
+        for part in _parts(file):
+            if piece := part[max(first - at, 0) : max(last - at, 0)]:
+                yield piece
+            at += len(part)
+    if at != count:
+        raise ValueError(f"{file}: had {count} characters, now {at}; it changed meanwhile, prepare it again")
+
+
+def _check_replaceable(out, overwrite):
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
+    try:
+        manifest = json.loads((out / MANIFEST).read_bytes())
+        known = {MANIFEST, *manifest["sha256"]} if manifest["format"] == FORMAT else set()
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        known = set()
+    if not known:
+        raise ValueError(f"{out}: exists and was not made by `fastlm data prepare`; pass another --out")
+    if foreign := sorted(path.name for path in out.iterdir() if path.name not in known):
+        raise ValueError(f"{out}: holds {foreign[0]}, which was not made by this command; pass another --out")
+    if not overwrite:
+        raise ValueError(f"{out}: exists; pass --overwrite to replace it, or another --out")
+
+
+def _write_manifest(directory, manifest):
+    with open(directory / MANIFEST, "w", encoding="utf-8") as file:
+        file.write(json.dumps(manifest, indent=2) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    _sync(directory)
+
+
+def _put(staging, out):
+    """Renames `staging` to `out`; what was there goes only when the new one stands."""
+    if not out.exists():
+        os.replace(staging, out)
+    else:
+        old = staging.with_name(f"{staging.name}-old")
+        os.replace(out, old)
+        try:
+            os.replace(staging, out)
+        except OSError:
+            os.replace(old, out)
+            raise
+        shutil.rmtree(old)
+    _sync(out.parent)
+
+
+def _sync(directory):
+    """Makes a directory's names survive a crash of the machine."""
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _sha256(file):
+    digest = hashlib.sha256()
+    try:
+        with open(file, "rb") as source:
+            while block := source.read(PART):
+                digest.update(block)
+    except OSError as error:
+        raise ValueError(f"{file}: cannot be read ({error.strerror}); prepare the data again") from None
+    return digest.hexdigest()

@@ -28,8 +28,8 @@ PRESETS = {
     },
     # A small GPT-2 for source code or prose on a CPU.
     "small": {
-        "tokenizer": "bpe", "vocab_size": 1024, "n_layer": 4, "n_head": 4, "n_embd": 128, "sequence_length": 128,
-        "batch_size": 8, "steps": 1000, "learning_rate": 2e-3, "min_learning_rate": 1e-4, "warmup_steps": 50,
+        "tokenizer": "bpe", "vocab_size": 512, "n_layer": 4, "n_head": 4, "n_embd": 128, "sequence_length": 64,
+        "batch_size": 12, "steps": 1500, "learning_rate": 2e-3, "min_learning_rate": 1e-4, "warmup_steps": 50,
         "beta2": 0.99, "eval_every": 250, "save_every": 500, "sample_tokens": 120,
     },
 }

@@ -1,0 +1,105 @@
+"""Fused softmax cross-entropy.
+
+    lse[n]   = log sum_v exp(x[n, v])
+    loss[n]  = lse[n] - x[n, y[n]]                          0 where y[n] == ignore, NaN where it is no label
+    dx[n, v] = (exp(x[n, v] - lse[n]) - [v == y[n]]) * dloss[n]
+
+One program owns one row. Forward reads the row once, keeping a running maximum m and the running sum s of
+exp(x - m); backward needs only lse, so no (N, V) probabilities are stored: it reads x once and writes dx once.
+Source of the online softmax: Milakov and Gimelshein, arXiv 1805.02867.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
+LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def _softmax_xent_fwd_kernel(
+    loss_ptr, lse_ptr,                  # out  (N,), (N,)
+    x_ptr, y_ptr, stride_xn,            # in   (N, V), (N,)
+    V, ignore,
+    BLOCK_V: tl.constexpr,
+):
+    n = tl.program_id(0).to(tl.int64)
+    x_ptr += n * stride_xn
+    m = float("-inf")
+    s = 0.0
+    for start in range(0, V, BLOCK_V):
+        v = start + tl.arange(0, BLOCK_V)
+        x = tl.load(x_ptr + v, mask=v < V, other=float("-inf")).to(tl.float32)  # (BLOCK_V,)
+        top = tl.maximum(m, tl.max(x, axis=0))
+        origin = tl.where(top == float("-inf"), 0.0, top)  # -inf minus itself would be NaN
+        s = s * tl.exp2((m - origin) * LOG2E) + tl.sum(tl.exp2((x - origin) * LOG2E), axis=0)
+        m = top
+    log_sum = tl.log2(s) * LN2
+
+    y = tl.load(y_ptr + n)
+    inside = (y >= 0) & (y < V)
+    label = tl.load(x_ptr + y, mask=inside, other=0.0).to(tl.float32)
+    # Not lse - label: where logits are large, lse has been rounded to their size.
+    loss = tl.where(inside, log_sum - (label - m), float("nan"))
+    tl.store(lse_ptr + n, m + log_sum)
+    tl.store(loss_ptr + n, tl.where(y == ignore, 0.0, loss))
+
+
+@triton.jit
+def _softmax_xent_bwd_kernel(
+    dx_ptr, stride_dxn,                 # out  (N, V)
+    dloss_ptr, x_ptr, y_ptr, lse_ptr,   # in   (N,), (N, V), (N,), (N,)
+    stride_xn,
+    V, ignore,
+    BLOCK_V: tl.constexpr,
+):
+    n = tl.program_id(0).to(tl.int64)
+    x_ptr += n * stride_xn
+    dx_ptr += n * stride_dxn
+    y, lse, dloss = tl.load(y_ptr + n), tl.load(lse_ptr + n), tl.load(dloss_ptr + n)
+    ignored = y == ignore
+    wrong = (y < 0) | (y >= V)
+    for start in range(0, V, BLOCK_V):
+        v = start + tl.arange(0, BLOCK_V)
+        x = tl.load(x_ptr + v, mask=v < V, other=float("-inf")).to(tl.float32)  # (BLOCK_V,)
+        dx = (tl.exp2((x - lse) * LOG2E) - (v == y).to(tl.float32)) * dloss
+        dx = tl.where(ignored, 0.0, tl.where(wrong, float("nan"), dx))
+        tl.store(dx_ptr + v, dx.to(dx_ptr.dtype.element_ty), mask=v < V)
+
+
+def _config(V, capability):
+    """BLOCK_V and num_warps: 16 bytes or more a thread, and a row in as few rounds as registers allow."""
+    if capability is None:  # interpreted: the cost is per operation, not per element
+        return triton.next_power_of_2(min(V, 65536)), 4
+    for limit, block, warps in ((1024, 1024, 2), (4096, 4096, 4), (16384, 8192, 8)):
+        if V <= limit:
+            return block, warps
+    return 16384, 16
+
+
+def _capability(x):
+    return torch.cuda.get_device_capability(x.device) if x.is_cuda else None
+
+
+def softmax_xent_fwd(x, y, ignore):
+    N, V = x.shape
+    loss = torch.empty(N, dtype=torch.float32, device=x.device)
+    lse = torch.empty(N, dtype=torch.float32, device=x.device)
+    if N:
+        block, warps = _config(max(V, 1), _capability(x))
+        with torch.cuda.device_of(x):
+            _softmax_xent_fwd_kernel[(N,)](loss, lse, x, y, x.stride(0), V, ignore, BLOCK_V=block, num_warps=warps)
+    return loss, lse
+
+
+def softmax_xent_bwd(dloss, x, y, lse, ignore):
+    N, V = x.shape
+    dx = torch.empty(N, V, dtype=x.dtype, device=x.device)
+    if dx.numel():
+        block, warps = _config(V, _capability(x))
+        with torch.cuda.device_of(x):
+            _softmax_xent_bwd_kernel[(N,)](
+                dx, dx.stride(0), dloss, x, y, lse, x.stride(0), V, ignore, BLOCK_V=block, num_warps=warps
+            )
+    return dx

@@ -1,0 +1,100 @@
+"""What every test shares: the backends that can run here, NaN-poisoned allocations, and where the data lie."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+GPU = torch.cuda.is_available()
+if not GPU:
+    os.environ["TRITON_INTERPRET"] = "1"  # before the first kernel is decorated
+    import interpreter
+
+    interpreter.install()
+
+import numerics  # noqa: E402
+
+from fastlm import backends, dispatch, native, ops  # noqa: E402, F401  ops fills the table
+
+DEVICE = "cuda" if GPU else "cpu"
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if "gpu" in item.keywords and not GPU:
+            item.add_marker(pytest.mark.skip(reason="needs a GPU, and this machine has none that torch can use"))
+
+
+def pytest_terminal_summary(terminalreporter):
+    if numerics.WORST:
+        terminalreporter.section("worst error / allowed, per op, backend and dtype")
+        for line in numerics.table():
+            terminalreporter.write_line(line)
+
+
+@pytest.fixture(scope="session")
+def emulated():
+    """Registers the test-only backend cuda-emulated: the CUDA kernels, compiled by g++, on CPU tensors."""
+    from emulation.build import emulated_module
+
+    if "cuda-emulated" not in backends.BACKENDS:
+        native.emulated = native.Launchers(emulated_module().cuda, lambda device: {"device": 0, "stream": 0})
+        backends.BACKENDS["cuda-emulated"] = (("cpu",), lambda: None)
+        for row in dispatch.TABLE.values():
+            if "cuda" in row.kernels:
+                row.kernels["cuda-emulated"] = "fastlm.native:emulated"
+
+
+def pytest_generate_tests(metafunc):
+    if "backend" in metafunc.fixturenames:
+        row = next(row for row in dispatch.TABLE.values() if row.family == metafunc.module.FAMILY)
+        names = [name for name in ("reference", "torch", "cpu", "triton", "cuda") if name in row.kernels]
+        if not GPU:
+            names = [name.replace("cuda", "cuda-emulated") for name in names]
+        metafunc.parametrize("backend", names, indirect=True)
+
+
+@pytest.fixture
+def backend(request):
+    """A backend that has the module's FAMILY of ops, forced while the test runs; skips where it cannot run."""
+    name, family = request.param, request.module.FAMILY
+    if name == "cuda-emulated":
+        request.getfixturevalue("emulated")
+    row = next(row for row in dispatch.TABLE.values() if row.family == family)
+    reason = dispatch.why_not(row.name, name)
+    if reason is None and DEVICE not in backends.devices(name):
+        reason = f"the {name} kernels take no tensors on {DEVICE}"
+    if reason is not None:
+        pytest.skip(reason)
+    with dispatch.use(**{family: name}):
+        yield name
+
+
+@pytest.fixture(autouse=True)
+def poisoned(monkeypatch):
+    """What the launchers allocate starts as NaN, so that an element left unwritten shows."""
+    empty = torch.empty
+
+    def poison(*args, **kwargs):
+        tensor = empty(*args, **kwargs)
+        return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
+
+    class Torch:
+        """torch, but for `empty`."""
+
+        empty = staticmethod(poison)
+
+        def __getattr__(self, name):
+            return getattr(torch, name)
+
+    monkeypatch.setattr(native, "torch", Torch())
+
+
+@pytest.fixture(scope="session")
+def data():
+    """The folder of test data (GPT-2's vocabulary, tiny-shakespeare)."""
+    folder = os.environ.get("FASTLM_TEST_DATA")
+    if not folder:
+        pytest.skip("FASTLM_TEST_DATA names no folder with gpt2/vocab.json, gpt2/merges.txt and tinyshakespeare.txt")
+    return Path(folder)

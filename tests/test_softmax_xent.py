@@ -1,0 +1,163 @@
+"""softmax_xent against PyTorch and fp64, on every backend."""
+
+import numerics
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import DEVICE
+from guard import guarded
+
+import fastlm
+from fastlm import reference
+
+FAMILY = "softmax_xent"
+SIZES = (1, 37, 127, 8193, 50257)
+
+
+def labels(N, V, seed=0):
+    y = torch.randint(V, (N,), generator=torch.Generator().manual_seed(seed))
+    if N > 2:
+        y[1] = -100
+    return y
+
+
+def truth(x, y):
+    """loss (N,) and dx (N, V) in fp64 of the loss's sum."""
+    x = x.double().requires_grad_()
+    loss = F.cross_entropy(x, y, ignore_index=-100, reduction="none")
+    loss.sum().backward()
+    return loss.detach(), x.grad
+
+
+def check(x, y, backend):
+    """Forward and backward of logits x (N, V) on the current backend, held to the numerics policy."""
+    loss_true, dx_true = truth(x.cpu(), y)
+    ours = x.to(DEVICE).detach().requires_grad_()
+    loss = fastlm.softmax_xent(ours, y.to(DEVICE), reduction="none")
+    loss.sum().backward()
+    assert loss.dtype == torch.float32 and ours.grad.dtype == x.dtype
+    composed = F.cross_entropy(x.float().cpu(), y, ignore_index=-100, reduction="none")
+    lse = torch.logsumexp(x.float().cpu(), 1)
+    slope = reference.softmax_xent_bwd(torch.ones_like(lse), x.cpu(), y, lse, -100)
+    numerics.close("softmax_xent loss", backend, loss.detach().cpu(), composed, loss_true)
+    numerics.close("softmax_xent dx", backend, ours.grad.cpu(), slope, dx_true, backward=True)
+
+
+@pytest.mark.parametrize("dtype", numerics.DTYPES, ids=str)
+@pytest.mark.parametrize("V", SIZES)
+def test_sizes(backend, V, dtype):
+    check(numerics.inputs("normal", (5 if V < 50257 else 2, V), dtype), labels(5 if V < 50257 else 2, V), backend)
+
+
+@pytest.mark.parametrize("dtype", numerics.DTYPES, ids=str)
+@pytest.mark.parametrize("kind", numerics.KINDS)
+def test_inputs(backend, kind, dtype):
+    check(numerics.inputs(kind, (3, 127), dtype), labels(3, 127), backend)
+
+
+@pytest.mark.parametrize("dtype", numerics.DTYPES, ids=str)
+def test_masked_logits(backend, dtype):
+    x = numerics.inputs("normal", (4, 37), dtype)
+    x[:, 5:30] = float("-inf")
+    check(x, torch.tensor([0, 1, -100, 36]), backend)
+
+
+@pytest.mark.parametrize("dtype", numerics.DTYPES, ids=str)
+@pytest.mark.parametrize("cut", ["rows apart", "offset by one", "transposed", "one row repeated"])
+def test_views(backend, cut, dtype):
+    x = numerics.inputs("normal", (40, 64), dtype)
+    views = {
+        "rows apart": x[:5, :37], "offset by one": x[:5, 1:38], "transposed": x.t()[:5, :37],
+        "one row repeated": x[:1, :37].expand(5, 37),
+    }
+    check(views[cut], labels(5, 37), backend)
+
+
+@pytest.mark.parametrize("dtype", numerics.DTYPES, ids=str)
+@pytest.mark.parametrize("V", [1, 7, 37, 1031])
+@pytest.mark.parametrize("front", [False, True], ids=["end", "front"])
+def test_guard_pages(backend, V, front, dtype):
+    if DEVICE != "cpu":
+        pytest.skip("guard pages lie in the memory of the CPU; on a GPU compute-sanitizer does this")
+    x, y = numerics.inputs("normal", (3, V), dtype), labels(3, V)
+    for operand in (guarded(x, front=front), guarded(x, front=front).requires_grad_()):
+        fastlm.softmax_xent(operand, guarded(y, front=front), reduction="none")
+    check(guarded(x, front=front), guarded(y, front=front), backend)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_reductions(backend, reduction):
+    x, y = numerics.inputs("normal", (6, 37), torch.float32), labels(6, 37)
+    loss = fastlm.softmax_xent(x.to(DEVICE), y.to(DEVICE), reduction=reduction)
+    torch.testing.assert_close(loss.cpu(), F.cross_entropy(x, y, reduction=reduction))
+
+
+def test_all_ignored(backend):
+    x = torch.randn(3, 5, device=DEVICE, requires_grad=True)
+    y = torch.full((3,), 7, device=DEVICE)
+    assert fastlm.softmax_xent(x, y, ignore=7).isnan()
+    assert fastlm.softmax_xent(x, y, ignore=7, reduction="sum") == 0
+    fastlm.softmax_xent(x, y, ignore=7, reduction="sum").backward()
+    assert (x.grad == 0).all()
+
+
+def test_rows_without_a_distribution(backend):
+    x = torch.zeros(4, 5, device=DEVICE)
+    x[0], x[1, 2], x[2, 3] = float("-inf"), float("nan"), float("inf")
+    loss = fastlm.softmax_xent(x, torch.zeros(4, dtype=torch.int64, device=DEVICE), reduction="none")
+    assert loss[:3].isnan().all() and loss[3].isfinite()
+
+
+def test_wrong_label_below_the_checks(backend):
+    """A label that reaches a kernel unchecked gives NaN and is never an address."""
+    x = torch.randn(3, 5, device=DEVICE)
+    y = torch.tensor([5, -1, 2**40], device=DEVICE)
+    if backend == "torch":
+        pytest.skip("PyTorch's own loss raises on the CPU and asserts on a GPU")
+    loss, lse = torch.ops.fastlm.softmax_xent_fwd(x, y, -100)
+    assert loss.isnan().all() and lse.isfinite().all()
+    assert torch.ops.fastlm.softmax_xent_bwd(torch.ones_like(lse), x, y, lse, -100).isnan().all()
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (3, 0), (0, 0)])
+def test_zero_size(backend, shape):
+    x = torch.randn(shape, device=DEVICE, requires_grad=True)
+    y = torch.full(shape[:1], -100, device=DEVICE)
+    loss = fastlm.softmax_xent(x, y, reduction="sum")
+    loss.backward()
+    assert loss == 0 and x.grad.shape == shape
+
+
+def test_same_bits(backend):
+    x, y = numerics.inputs("normal", (4, 8193), torch.float32).to(DEVICE), labels(4, 8193).to(DEVICE)
+    first = torch.ops.fastlm.softmax_xent_fwd(x, y, -100)
+    for _ in range(3):
+        assert all(torch.equal(a, b) for a, b in zip(first, torch.ops.fastlm.softmax_xent_fwd(x, y, -100)))
+
+
+def test_labels_are_checked():
+    with pytest.raises(ValueError, match=r"label 5 at \[1\], wanted 0 ≤ label < 5"):
+        fastlm.softmax_xent(torch.zeros(2, 5), torch.tensor([0, 5]))
+
+
+@pytest.mark.parametrize(
+    "x, y, options, error, told",
+    [
+        (torch.zeros(2, 5), torch.zeros(3, dtype=torch.int64), {}, ValueError, "y has N=3, but x has N=2"),
+        (torch.zeros(5), torch.zeros(1, dtype=torch.int64), {}, ValueError, r"x has shape \(5,\), wanted \(N, V\)"),
+        (torch.zeros(2, 5), torch.zeros(2), {}, TypeError, "y is torch.float32, wanted int64"),
+        (torch.zeros(2, 5).int(), torch.zeros(2, dtype=torch.int64), {}, TypeError, "x is torch.int32, wanted float32"),
+        ([[1.0]], torch.zeros(1, dtype=torch.int64), {}, TypeError, "x is list, wanted a tensor"),
+        (torch.zeros(2, 5), torch.zeros(2, dtype=torch.int64), {"reduction": "avg"}, ValueError, "reduction is 'avg'"),
+        (torch.zeros(2, 5), torch.zeros(2, dtype=torch.int64, device="meta"), {}, ValueError, "y is on meta"),
+    ],
+)
+def test_bad_input(x, y, options, error, told):
+    with pytest.raises(error, match=told):
+        fastlm.softmax_xent(x, y, **options)
+
+
+def test_double_backward_is_refused():
+    x = torch.randn(2, 5, requires_grad=True)
+    with pytest.raises(RuntimeError, match="differentiable once"):
+        torch.autograd.grad(fastlm.softmax_xent(x, torch.tensor([0, 1])), x, create_graph=True)
