@@ -1,4 +1,4 @@
-"""Loader: batches are a function of seed and step, an epoch sees every token once, evaluation every target once."""
+"""Loader: a batch is a function of seed and step, an epoch has a token once, evaluation a target once."""
 
 import numpy as np
 import pytest
@@ -16,7 +16,7 @@ sizes = st.lists(st.integers(1, 60), min_size=1, max_size=4)
 def numbered(lengths):
     """Shards whose tokens are their own places in the whole."""
     ends = np.cumsum([0, *lengths])
-    return {f"{n}.bin": np.arange(start, end, dtype=np.uint32) for n, (start, end) in enumerate(zip(ends, ends[1:]))}
+    return {f"{n}.bin": np.arange(ends[n], ends[n + 1], dtype=np.uint32) for n in range(len(lengths))}
 
 
 def test_targets_follow_tokens():
@@ -112,7 +112,7 @@ def test_an_id_outside_the_vocabulary_is_named_with_its_place(tmp_path, bad, pla
     tokens[place] = bad
     write_shard(tmp_path / "train_000000.bin", tokens)
     loader = Loader(read_split(tmp_path, "train"), 10, 1, 500)
-    message = rf"train_000000.bin: token id {bad} at {place}, but the vocabulary has 500; was the data prepared"
+    message = rf"train_000000.bin: token id {bad} at {place}, but the vocabulary has 500; was the data"
     with pytest.raises(ValueError, match=message):
         list(loader.whole(4))
     if place == 123:  # the edges may be left out

@@ -80,7 +80,7 @@ def test_a_header_cannot_count_more_than_it_holds(tmp_path, monkeypatch):
     (header(20240520, 7, 2) + bytes(4), "version 7, wanted 1"),
     (header(20240801, 1, 2) + bytes(8), "version 1, wanted 7"),
     (header(20240520, 1, 0), "counts 0 tokens"),
-    (header(20240520, 1, 3) + bytes(4), r"1028 bytes, but .* 3 tokens \(1030 bytes\); the file was cut short"),
+    (header(20240520, 1, 3) + bytes(4), r"1028 bytes, .* 3 tokens \(1030 bytes\); the file was cut short"),
     (header(20240520, 1, 2) + bytes(5), "1029 bytes, but .* damaged"),
     (header(20240801, 7, 2) + bytes(4), "cut short"),
     (header(20240520, 1, 2**32 - 1) + bytes(4), "4294967295 tokens"),
@@ -103,19 +103,20 @@ def test_a_missing_shard_and_a_folder(tmp_path):
 
 
 def test_splits_are_told_apart_by_name(tmp_path):
-    names = ["train_000001.bin", "train_000000.bin", "fineweb_val_000000.bin", "tiny_train.bin", "interval.bin",
-             "val_evaluation_train_000000.bin", "train.bin.partial", "xtrain.bin"]
+    names = ["train_000001.bin", "train_000000.bin", "fineweb_val_000000.bin", "tiny_train.bin",
+             "interval.bin", "val_evaluation_train_000000.bin", "train.bin.partial", "xtrain.bin"]
     for name in names:
         write_shard(tmp_path / name, [1])
-    found = {split: [path.rsplit("/", 1)[1] for path in read_split(tmp_path, split)] for split in ("train", "val")}
-    assert found["val"] == ["fineweb_val_000000.bin"]
-    assert found["train"] == [
+    val, train = ([path.rsplit("/", 1)[1] for path in read_split(tmp_path, split)] for split in ("val", "train"))
+    assert val == ["fineweb_val_000000.bin"]
+    assert train == [
         "tiny_train.bin", "train_000000.bin", "train_000001.bin", "val_evaluation_train_000000.bin",
     ]
 
 
 @pytest.mark.parametrize("tokens, message", [
-    ([], "0 tokens"), ([[1, 2]], r"shape \(1, 2\)"), ([1.5], "float64"), ([1, -1], "token id -1 lies outside"),
+    ([], "0 tokens"), ([[1, 2]], r"shape \(1, 2\)"), ([1.5], "float64"),
+    ([1, -1], "token id -1 lies outside"),
     ([1, 65536], "token id 65536 lies outside the vocabulary of 65536"),
 ])
 def test_what_cannot_be_written_leaves_no_file(tmp_path, tokens, message):

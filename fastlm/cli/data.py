@@ -58,5 +58,6 @@ def show(manifest, out):
         shards = manifest[f"{split}_shards"]
         table.add_row(split, f"{manifest[f'{split}_tokens']:,} tokens in {shards} shard{'s' * (shards != 1)}")
     table.add_row("characters per token", f"{manifest['characters'] / tokens:.2f}")
-    table.add_row("written to", str(out))
-    Console().print(table, soft_wrap=True)
+    console = Console()
+    console.print(table)
+    console.print(f"written to {out}", soft_wrap=True, markup=False, highlight=False)

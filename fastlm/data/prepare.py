@@ -13,6 +13,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
 from pathlib import Path
@@ -24,6 +25,7 @@ MANIFEST = "manifest.json"
 FORMAT = "fastlm data"
 KINDS = ("chars", "bytes", "bpe")
 VOCAB_SIZE = 8192  # of a trained BPE
+OURS = re.compile(r"tokenizer(_config)?\.json|(train|val)_\d{6,}\.bin")
 PART = 1 << 20  # bytes read at a time
 
 
@@ -151,7 +153,7 @@ def load_manifest(directory, *, verify=False):
         raise ValueError(f"{path}: no valid JSON ({error}); prepare the data again") from None
     ours = isinstance(manifest, dict) and manifest.get("format") == FORMAT
     hashes = manifest.get("sha256") if ours else None
-    if not isinstance(hashes, dict) or any(Path(name).name != name for name in hashes):
+    if not isinstance(hashes, dict) or not all(map(OURS.fullmatch, hashes)):
         raise ValueError(f"{path}: is no manifest of `fastlm data prepare`; prepare the data again")
     for split in ("train", "val"):
         names = [name for name in hashes if name.startswith(f"{split}_")]
@@ -259,13 +261,12 @@ def _check_replaceable(out, overwrite):
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
     try:
-        manifest = json.loads((out / MANIFEST).read_bytes())
-        known = {MANIFEST, *manifest["sha256"]} if manifest["format"] == FORMAT else set()
+        ours = json.loads((out / MANIFEST).read_bytes())["format"] == FORMAT
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        known = set()
-    if not known:
+        ours = False
+    if not ours:
         raise ValueError(f"{out}: exists and was not made by `fastlm data prepare`; pass another --out")
-    if foreign := sorted(path.name for path in out.iterdir() if path.name not in known):
+    if foreign := sorted(name for name in os.listdir(out) if name != MANIFEST and not OURS.fullmatch(name)):
         raise ValueError(f"{out}: holds {foreign[0]}, which was not made by this command; pass another --out")
     if not overwrite:
         raise ValueError(f"{out}: exists; pass --overwrite to replace it, or another --out")

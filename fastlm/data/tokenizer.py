@@ -122,7 +122,8 @@ class Tokenizer:
         )
         texts = [texts] if isinstance(texts, str) else texts
         texts = ([text] if isinstance(text, str) else text for text in texts)
-        plain = (part for text in texts for piece in _pieces(text, PIECE) for part in piece.split(END_OF_TEXT))
+        pieces = (piece for text in texts for piece in _pieces(text, PIECE))
+        plain = (words for piece in pieces for words in piece.split(END_OF_TEXT))
         backend.train_from_iterator(plain, trainer)
         return cls(_byte_level(backend.model, [END_OF_TEXT]))
 

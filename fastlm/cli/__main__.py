@@ -1,0 +1,5 @@
+"""`python -m fastlm.cli`, the same as `fastlm`."""
+
+from fastlm.cli import main
+
+main()

@@ -1,0 +1,105 @@
+"""The choice of a backend: forced, refused with a sentence, counted."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import fastlm
+from fastlm import dispatch
+from fastlm.cli.doctor import examine
+
+
+def run(code, **environment):
+    environment = {**os.environ, "TRITON_INTERPRET": "0", **environment}
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=120)
+
+
+def test_use_is_undone():
+    with fastlm.use("torch"):
+        with fastlm.use(attention="reference"):
+            assert dispatch.forced("attention") == "reference" and dispatch.forced("softmax_xent") == "torch"
+        assert dispatch.forced("attention") == "torch"
+        with fastlm.use(attention=None):
+            assert dispatch.forced("attention") == "torch"  # the force on every op still holds
+    assert dispatch.forced("attention") is None
+
+
+def test_a_forced_backend_serves_every_op_that_has_it():
+    x, y = torch.randn(3, 5, requires_grad=True), torch.tensor([0, 1, 2])
+    for backend in ("reference", "torch"):
+        with fastlm.use(backend), dispatch.record() as calls:
+            fastlm.softmax_xent(x, y).backward()
+        assert dict(calls) == {("softmax_xent_fwd", backend): 1, ("softmax_xent_bwd", backend): 1}
+
+
+@pytest.mark.parametrize(
+    "arguments, told",
+    [
+        (("opencl",), "no backend 'opencl'; the backends are cuda, triton, cpu"),
+        ({"matmul": "cpu"}, "no op 'matmul'; the ops are attention"),
+        ({"cache_append": "triton"}, "cache_append has no triton kernel; it has"),
+    ],
+)
+def test_unknown_names(arguments, told):
+    with pytest.raises(ValueError, match=told):
+        fastlm.use(**arguments) if isinstance(arguments, dict) else fastlm.use(*arguments)
+    assert dispatch.forced("attention") is None
+
+
+def test_a_forced_backend_that_cannot_take_the_call_says_why():
+    with fastlm.use("cpu") if dispatch.why_not("attention_fwd", "cpu") is None else pytest.skip("no compiled kernels"):
+        with pytest.raises(RuntimeError, match="cannot run on backend 'cpu': .* float32, bfloat16 or float16"):
+            fastlm.softmax_xent(torch.zeros(2, 3, dtype=torch.float64), torch.tensor([0, 1]))
+        with pytest.raises(RuntimeError, match="head dimensions up to 256, got D=300"):
+            fastlm.attention(*[torch.zeros(1, 2, 1, 300)] * 3)
+        meta = torch.zeros(2, 3, device="meta")
+        with pytest.raises(RuntimeError, match="take tensors on cpu, got meta"):
+            dispatch._resolve(dispatch.TABLE["softmax_xent_fwd"], meta, meta, -100)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here: cuda and triton run")
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+def test_environment_names_a_backend_that_cannot_run(backend):
+    code = "import torch, fastlm; fastlm.softmax_xent(torch.zeros(2, 3), torch.tensor([0, 1]))"
+    done = run(code, FASTLM_BACKEND=backend)
+    assert done.returncode == 1
+    assert f"RuntimeError: FASTLM_BACKEND: backend '{backend}' cannot run here: " in done.stderr
+    assert "GPU" in done.stderr or "CUDA" in done.stderr or "compiled kernels" in done.stderr
+
+
+def test_environment_names_ops():
+    code = (
+        "import torch, fastlm\nfrom fastlm import dispatch\n"
+        "with dispatch.record() as calls: fastlm.softmax_xent(torch.zeros(2, 3), torch.tensor([0, 1]))\n"
+        "print(dict(calls))"
+    )
+    assert "reference" in run(code, FASTLM_BACKEND="softmax_xent=reference,attention=torch").stdout
+    assert "wanted a backend, or op=backend" in run(code, FASTLM_BACKEND="softmax_xent=reference,torch").stderr
+
+
+def test_doctor_has_an_answer_in_every_cell():
+    found = examine()
+    for families in found["devices"].values():
+        assert set(families) == {row.family for row in dispatch.TABLE.values()}
+        for row in families.values():
+            assert row["backends"][row["chosen"]] == "runs"
+            assert all(cell == "runs" or len(cell.split()) >= 4 for cell in row["backends"].values()), row
+
+
+def test_calls_of_a_model_step():
+    """A forward and backward of the model makes each of its ops' calls once a layer, on the chosen backend alone."""
+    config = fastlm.GPT2Config(vocab_size=17, n_positions=8, n_embd=16, n_layer=3, n_head=2, attn_pdrop=0.0)
+    model = fastlm.GPT2(config)
+    tokens = torch.randint(17, (2, 8))
+    for backend in ("torch", "reference", "cpu"):
+        if dispatch.why_not("attention_fwd", backend) is not None:
+            continue
+        with fastlm.use(backend), dispatch.record() as calls:
+            model(tokens, tokens)[1].backward()
+        assert dict(calls) == {
+            ("attention_qkv_fwd", backend): 3, ("attention_qkv_bwd", backend): 3,
+            ("softmax_xent_fwd", backend): 1, ("softmax_xent_bwd", backend): 1,
+        }

@@ -1,0 +1,120 @@
+"""The shape of the house: one op, one name, six homes; data falls straight down; nothing unsafe inside."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fastlm import dispatch, ops
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = sorted((ROOT / "fastlm").rglob("*.py"))
+OPS = sorted(path.stem for path in (ROOT / "fastlm" / "ops").glob("*.py") if path.stem != "__init__")
+
+# From the ground up: a module imports from its own floor or a lower one.
+FLOORS = [
+    {"checks", "config", "philox", "kernels", "backends"}, {"reference", "native"}, {"vendor"}, {"dispatch"}, {"ops"},
+    {"gpt2", "pretrained", "data"}, {"generation", "training"}, {"cli"},
+]
+
+
+def floor(module):
+    """The number of the floor of fastlm.<module>."""
+    return next(number for number, names in enumerate(FLOORS) if module in names)
+
+
+def imports(path):
+    """The fastlm modules that a file imports, and its whole imports by name."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield from ([f"{node.module}.{alias.name}" for alias in node.names] if node.module == "fastlm" else [node.module])
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_one_op_six_homes(op):
+    kernels = next(row.kernels for row in dispatch.TABLE.values() if row.family == op)
+    assert (ROOT / "tests" / f"test_{op}.py").is_file()
+    assert (ROOT / "benchmarks" / f"bench_{op}.py").is_file()
+    assert (ROOT / "csrc" / "cpu" / f"{op}.cpp").is_file() == ("cpu" in kernels)
+    assert (ROOT / "csrc" / "cuda" / f"{op}.cu").is_file() == ("cuda" in kernels)
+    assert (ROOT / "kernels" / f"{op}.py").is_file() == ("triton" in kernels)
+    assert {"torch", "reference"} <= set(kernels)
+
+
+def test_every_public_op_is_in_the_package():
+    import fastlm
+
+    assert all(callable(getattr(fastlm, name)) for name in ops.__all__)
+    assert {row.family for row in dispatch.TABLE.values()} == set(OPS)
+
+
+@pytest.mark.parametrize("path", PACKAGE, ids=lambda path: str(path.relative_to(ROOT)))
+def test_nobody_imports_a_higher_floor(path):
+    parts = path.relative_to(ROOT / "fastlm").with_suffix("").parts
+    if parts == ("__init__",):
+        return
+    lazily = {"gpt2": {"generation"}, "dispatch": {"ops"}}.get(parts[0], set())  # inside functions: the way back
+    for name in imports(path):
+        below = name.split(".")
+        if below[0] != "fastlm" or len(below) < 2 or below[1] in {"_C", "__version__"} | lazily:
+            continue
+        assert floor(below[1]) <= floor(parts[0]), f"{path.name} imports {name}"
+
+
+def test_kernels_know_nothing_of_the_package():
+    for path in (ROOT / "kernels").glob("*.py"):
+        assert {name.split(".")[0] for name in imports(path)} <= {"torch", "triton"}, path
+    for path in (ROOT / "csrc").rglob("*.*"):
+        assert not re.search(r"#include\s*<(torch|ATen|c10)", path.read_text()), path
+        if path.name not in ("bind.h", "bindings.cpp", "fields.h"):
+            assert not re.search("pybind11|Python.h", path.read_text()), path
+
+
+def test_only_native_calls_the_compiled_module():
+    users = {path.name for path in PACKAGE if re.search(r"fastlm\._C|import _C", path.read_text())}
+    assert users <= {"native.py", "backends.py", "doctor.py"}  # the other two only ask whether it is there
+
+
+def test_kernel_files_hold_no_torch_mathematics():
+    """Only the torch backend and the oracle may compute with PyTorch."""
+    allowed = {"empty", "float32", "bfloat16", "float16", "get_num_threads", "cuda", "get_device_capability",
+               "current_stream", "device_of", "Tensor"}
+    for path in (ROOT / "fastlm" / "native.py", *(ROOT / "kernels").glob("*.py")):
+        used = set(re.findall(r"\btorch\.(?:cuda\.)?(\w+)", path.read_text()))
+        assert used <= allowed, (path.name, used - allowed)
+
+
+@pytest.mark.parametrize("path", [*PACKAGE, *(ROOT / "kernels").glob("*.py")], ids=lambda path: str(path.relative_to(ROOT)))
+def test_nothing_runs_foreign_code(path):
+    """No pickle, no eval, no shell: what a file holds is never executed."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Call):
+            name = ast.unparse(node.func)
+            assert name not in {"eval", "exec", "compile", "__import__", "torch.load", "yaml.load", "os.system"}, name
+            assert not any(keyword.arg == "shell" for keyword in node.keywords), name
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            modules = [alias.name for alias in node.names] + [getattr(node, "module", None) or ""]
+            assert not {"pickle", "marshal", "shelve", "dill"} & {module.split(".")[0] for module in modules}
+
+
+def modules_after(code):
+    done = subprocess.run(
+        [sys.executable, "-c", f"import sys\n{code}\nprint(*sys.modules)"], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    return set(done.stdout.split())
+
+
+def test_import_is_light():
+    assert not {"torch", "triton", "transformers", "numpy"} & modules_after("import fastlm")
+    assert "triton" not in modules_after("import fastlm; fastlm.use")
+
+
+def test_help_is_light():
+    code = "sys.argv = ['fastlm', '--help']\nfrom fastlm.cli import app\napp(standalone_mode=False)"
+    assert not {"torch", "transformers", "triton", "tokenizers"} & modules_after(code)

@@ -1,0 +1,128 @@
+"""Every op as torch sees it: opcheck, gradcheck, torch.compile."""
+
+import pytest
+import torch
+import torch._dynamo.testing
+from conftest import DEVICE
+
+import fastlm
+from fastlm import dispatch
+
+torch.manual_seed(0)
+
+
+def qkv(B=2, T=5, S=None, H=2, D=8, layout="cut"):
+    """q, k, v: cut from one packed tensor, permuted, or offset by an element."""
+    S = T if S is None else S
+    if 0 in (B, T):  # torch's checker cannot copy a strided tensor of size 0
+        return tuple(torch.randn(B, n, H, D, device=DEVICE) for n in (T, S, S))
+    if layout == "cut":
+        packed = torch.randn(B, max(T, S), 3, H, D, device=DEVICE)
+        return packed[:, :T, 0], packed[:, :S, 1], packed[:, :S, 2]
+    if layout == "permuted":
+        return tuple(torch.randn(B, H, n, D, device=DEVICE).transpose(1, 2) for n in (T, S, S))
+    return tuple(torch.randn(B, n, H, D + 1, device=DEVICE)[..., 1:] for n in (T, S, S))
+
+
+def samples():
+    """(op, arguments) of every torch op on contiguous, permuted, offset and zero-size operands."""
+    y = torch.tensor([0, 4, -100], device=DEVICE)
+    for x in (torch.randn(3, 7), torch.randn(3, 9)[:, 1:8], torch.randn(3, 14)[:, :7], torch.zeros(0, 7)):
+        x = x.to(DEVICE)
+        labels = y[: len(x)]
+        loss, lse = torch.ops.fastlm.softmax_xent_fwd(x, labels, -100)
+        yield "softmax_xent_fwd", (x, labels, -100)
+        yield "softmax_xent_bwd", (torch.ones_like(loss), x, labels, lse, -100)
+    options = [(1, 0.3, 0.0, None), (0, 0.3, 0.0, None), (2, 0.3, 0.25, torch.tensor([1, 2, 3, 4], device=DEVICE))]
+    shapes = [{"layout": layout} for layout in ("cut", "permuted", "offset")] + [{"B": 0}, {"T": 3, "S": 6}, {"T": 0}]
+    for shape in shapes:
+        for option in options:
+            q, k, v = qkv(**shape)
+            o, lse = torch.ops.fastlm.attention_fwd(q, k, v, *option)
+            yield "attention_fwd", (q, k, v, *option)
+            yield "attention_bwd", (torch.randn_like(o), q, k, v, o, lse, *option)
+            if "S" not in shape:
+                packed = torch.stack([q, k, v], 2)
+                yield "attention_qkv_fwd", (packed, *option)
+                yield "attention_qkv_bwd", (torch.randn_like(o), packed, o, lse, *option)
+    for B, T in ((2, 1), (2, 3), (0, 1), (2, 0)):
+        for heads_first in (False, True):
+            pages = [torch.randn(5, 4, 2, 8, device=DEVICE) for _ in range(2)]
+            if heads_first:
+                pages = [torch.randn(5, 2, 4, 8, device=DEVICE).transpose(1, 2) for _ in range(2)]
+            table = torch.tensor([[4, 1], [0, 2]], dtype=torch.int32, device=DEVICE)[:B]
+            q, k, v = qkv(B, T)
+            lengths = torch.tensor([7, 4], dtype=torch.int32, device=DEVICE)[:B]
+            where = torch.arange(T, dtype=torch.int32, device=DEVICE).expand(B, T)
+            yield "decode_attention", (q, *pages, table, lengths, 0.3)
+            yield "cache_append_", (*pages, k, v, table, where)
+
+
+SAMPLES = list(samples())
+
+
+@pytest.mark.parametrize("op, arguments", SAMPLES, ids=[f"{op}-{i}" for i, (op, _) in enumerate(SAMPLES)])
+def test_opcheck(op, arguments):
+    torch.library.opcheck(getattr(torch.ops.fastlm, op).default, arguments)
+
+
+def test_every_op_has_a_sample():
+    assert {op for op, _ in SAMPLES} == set(dispatch.TABLE)
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+def test_gradcheck_softmax_xent(backend):
+    x = torch.randn(4, 5, dtype=torch.float64, requires_grad=True)
+    y = torch.tensor([0, 4, -100, 2])
+    with fastlm.use(backend):
+        for reduction in ("mean", "sum", "none"):
+            assert torch.autograd.gradcheck(lambda x, r=reduction: fastlm.softmax_xent(x, y, reduction=r), x)
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+@pytest.mark.parametrize("T, S, causal", [(4, 4, True), (3, 6, True), (6, 3, True), (4, 6, "top-left"), (3, 4, False)])
+def test_gradcheck_attention(backend, T, S, causal):
+    q, k, v = (tensor.detach().double().requires_grad_() for tensor in qkv(1, T, S, 2, 4))
+    with fastlm.use(backend):
+        assert torch.autograd.gradcheck(lambda *operands: fastlm.attention(*operands, causal=causal), (q, k, v))
+
+
+def small_model(**changes):
+    sizes = {"vocab_size": 61, "n_positions": 24, "n_embd": 32, "n_layer": 2, "n_head": 2, **changes}
+    off = dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), 0.0)
+    return fastlm.GPT2(fastlm.GPT2Config(**off, **sizes)).to(DEVICE)
+
+
+def test_compiled_model_trains_a_step_with_the_same_loss():
+    torch._dynamo.reset()
+    torch.manual_seed(1)
+    model, twin = small_model(), small_model()
+    twin.load_state_dict(model.state_dict())
+    tokens = torch.randint(61, (2, 9), device=DEVICE)
+    compiled = torch.compile(twin, fullgraph=True)
+    losses = []
+    for net, call in ((model, model), (twin, compiled)):
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+        for _ in range(2):
+            optimizer.zero_grad()
+            loss = call(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())[1]
+            loss.backward()
+            optimizer.step()
+            losses.append(float(loss.detach()))
+    assert losses[:2] == pytest.approx(losses[2:], rel=1e-5) and losses[1] < losses[0]
+    for mine, theirs in zip(model.parameters(), twin.parameters()):
+        torch.testing.assert_close(theirs, mine, rtol=1e-4, atol=1e-6)
+
+
+def test_dynamic_batch_is_one_frame():
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounter()
+
+    @torch.compile(fullgraph=True, dynamic=True, backend=counter)
+    def step(qkv, x, y):
+        return fastlm.attention_qkv(qkv).sum() + fastlm.softmax_xent(x, y)
+
+    for B in (6, 5, 9, 11):  # none like another size: torch takes equal sizes for one
+        qkv = torch.randn(B, 4, 3, 2, 8, device=DEVICE)
+        step(qkv, torch.randn(B, 7, device=DEVICE), torch.zeros(B, dtype=torch.int64, device=DEVICE))
+    assert counter.frame_count == 1

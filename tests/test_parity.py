@@ -1,0 +1,118 @@
+"""fastlm's GPT-2 against transformers': logits, loss, gradients, training, greedy tokens.
+
+Allowed is 4 times the difference between transformers' own two attention implementations in the same run, with a floor
+of 8 rounding units of fp32: the two may by chance round alike.
+"""
+
+import pytest
+import torch
+
+import fastlm
+from fastlm import dispatch
+
+pytest.importorskip("transformers", reason="transformers is not installed to compare with")
+import parity  # noqa: E402
+
+FLOOR = 8 * torch.finfo(torch.float32).eps
+SIZES = [
+    {"vocab_size": 97, "n_positions": 33, "n_embd": 48, "n_layer": 3, "n_head": 4},
+    {"vocab_size": 131, "n_positions": 50, "n_embd": 64, "n_layer": 2, "n_head": 1},
+    {"vocab_size": 61, "n_positions": 40, "n_embd": 21, "n_layer": 4, "n_head": 3},
+    {"vocab_size": 257, "n_positions": 70, "n_embd": 80, "n_layer": 1, "n_head": 5, "n_inner": 123},
+    {"vocab_size": 50, "n_positions": 24, "n_embd": 32, "n_layer": 2, "n_head": 2, "layer_norm_epsilon": 1e-3},
+]
+BACKENDS = ["torch", "cpu", "reference"]
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request):
+    if (reason := dispatch.why_not("attention_fwd", request.param)) is not None:
+        pytest.skip(reason)
+    with fastlm.use(request.param):
+        yield request.param
+
+
+def hold(name, backend, ours, eager, sdpa, report):
+    """Asserts that we differ from transformers' eager by no more than is allowed; tells the figures."""
+    found, between = parity.differences(ours, eager), parity.differences(sdpa, eager)
+    for quantity, difference in found.items():
+        allowed = 4 * max(between[quantity], FLOOR)
+        report(f"{name:10} {backend:10} {quantity:10} {difference:.1e} allowed {allowed:.1e}")
+        assert difference <= allowed, f"{name} on {backend}: {quantity} differ by {difference:.1e}, allowed {allowed:.1e}"
+
+
+@pytest.mark.parametrize("index", range(len(SIZES)))
+def test_forward_and_backward(index, backend, record_property):
+    model = parity.make(seed=index, **SIZES[index])
+    tokens, targets = parity.batch(model, 4, model.config.n_positions - index)
+    ours, eager, sdpa = (
+        parity.step(net, tokens, targets)
+        for net in (model, parity.twin(model, "eager"), parity.twin(model, "sdpa"))
+    )
+    hold(f"sizes {index}", backend, ours, eager, sdpa, lambda line: record_property("parity", line))
+
+
+def test_fifty_training_steps(backend):
+    model = parity.make(vocab_size=53, n_positions=16, n_embd=24, n_layer=2, n_head=2)
+    theirs = parity.twin(model).train()
+    losses = []
+    for net in (model, theirs):
+        optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1)
+        for index in range(50):
+            tokens, targets = parity.batch(model, 4, 16, seed=index)
+            losses.append(parity.step(net, tokens, targets)[1])
+            for name, parameter in net.named_parameters():
+                if name.endswith("attn.c_attn.bias"):  # Adam would amplify the rounding of a zero gradient
+                    parameter.grad[24:48] = 0
+            optimizer.step()
+    ours, eager = losses[:50], losses[50:]
+    assert ours == pytest.approx(eager, rel=1e-5) and ours[-1] < ours[0]
+    for (name, mine), other in zip(model.named_parameters(), theirs.parameters()):
+        assert float((mine - other).norm() / other.norm()) < 1e-4, name
+
+
+@pytest.mark.parametrize("index", range(4))
+def test_greedy_tokens_of_unequal_prompts(index, backend):
+    """A batch gives what each prompt gives alone, and what transformers gives."""
+    model = parity.make(seed=index, **SIZES[index]).eval()
+    theirs = parity.twin(model)
+    generator = torch.Generator().manual_seed(index)
+    prompts = [torch.randint(model.config.vocab_size, (n,), generator=generator) for n in (1, 7, 3, 12)]
+    together = model.generate(prompts, max_new_tokens=20, temperature=0)
+    for prompt, row in zip(prompts, together):
+        alone = model.generate([prompt], max_new_tokens=20, temperature=0)[0]
+        wanted = theirs.generate(prompt[None], max_new_tokens=20, do_sample=False, pad_token_id=0)[0]
+        assert row.tolist() == alone.tolist() == wanted.tolist()
+
+
+def test_files_are_hugging_faces(tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    model = parity.make(**SIZES[0]).eval()
+    model.save_pretrained(tmp_path)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert set(theirs.state_dict()) == set(model.state_dict())
+    tokens, _ = parity.batch(model, 2, 20)
+    torch.testing.assert_close(model(tokens)[0], theirs(tokens).logits, rtol=1e-5, atol=1e-5)
+    theirs.save_pretrained(tmp_path / "theirs")
+    back = fastlm.GPT2.from_pretrained(tmp_path / "theirs")
+    assert all(torch.equal(mine, other) for mine, other in zip(model.parameters(), back.parameters()))
+    theirs.save_pretrained(tmp_path / "shards", max_shard_size="20KB")
+    assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 1
+    back = fastlm.GPT2.from_pretrained(tmp_path / "shards")
+    assert all(torch.equal(mine, other) for mine, other in zip(model.parameters(), back.parameters()))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["torch", "cpu"], indirect=True)
+def test_124m_at_1024_tokens(backend, capsys):
+    model = parity.make(vocab_size=50257)
+    tokens, targets = parity.batch(model, 1, 1024)
+    targets[0, 700:] = -100
+    ours, eager, sdpa = (
+        parity.step(net, tokens, targets)
+        for net in (model, parity.twin(model, "eager"), parity.twin(model, "sdpa"))
+    )
+    with capsys.disabled():
+        print()
+        hold("124M", backend, ours, eager, sdpa, print)
