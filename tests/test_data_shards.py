@@ -107,7 +107,8 @@ def test_splits_are_told_apart_by_name(tmp_path):
              "interval.bin", "val_evaluation_train_000000.bin", "train.bin.partial", "xtrain.bin"]
     for name in names:
         write_shard(tmp_path / name, [1])
-    val, train = ([path.rsplit("/", 1)[1] for path in read_split(tmp_path, split)] for split in ("val", "train"))
+    splits = (read_split(tmp_path, split) for split in ("val", "train"))
+    val, train = ([path.rsplit("/", 1)[1] for path in split] for split in splits)
     assert val == ["fineweb_val_000000.bin"]
     assert train == [
         "tiny_train.bin", "train_000000.bin", "train_000001.bin", "val_evaluation_train_000000.bin",

@@ -277,7 +277,7 @@ def test_a_hub_id_without_a_network_says_how_to_go_on(monkeypatch):
         raise OSError("Name or service not known\nand more")
 
     monkeypatch.setattr(hub, "snapshot_download", offline)
-    message = "gpt2: no such directory, and not from the hub .Name or service not known.; pass a directory with"
+    message = "gpt2: no such directory, and not from the hub .Name or service not known.; pass a directory"
     with pytest.raises(ValueError, match=message):
         Tokenizer.load("gpt2")
 

@@ -38,14 +38,28 @@ def train(
 
 
 def sample(trainer):
-    """A text that the trained model writes, after the configured prompt or the first held-out words."""
-    from fastlm.generation import generate
+    """A text that the trained model writes, after the configured prompt or the first held-out words.
 
-    prompt = trainer.config.sample_prompt
-    if prompt is None:
+    Where the text outgrows the model's context, it goes on from the last half of it.
+    """
+    import torch
+
+    config, tokenizer = trainer.config, trainer.tokenizer
+    if config.sample_prompt is None:
         tokens, _ = next(iter(trainer.val_data.whole(1)))
-        prompt = trainer.tokenizer.decode(tokens[0, : max(1, min(8, tokens.shape[1] // 4))])
-    return generate(
-        trainer.model, trainer.tokenizer, prompt, max_length=None,
-        max_new_tokens=trainer.config.sample_tokens, temperature=0.8, top_k=200, seed=trainer.config.seed,
-    )
+        text = tokens[0, : max(1, min(8, tokens.shape[1] // 4))]
+    else:
+        text = torch.tensor(tokenizer.encode(config.sample_prompt))
+    context, wanted = trainer.model.config.n_positions, len(text) + config.sample_tokens
+    if len(text) >= context:
+        raise ValueError(f"sample_prompt has {len(text)} tokens, wanted fewer than the context of {context}")
+    while len(text) < wanted:
+        given = text if len(text) < context else text[-(context // 2 or 1) :]
+        count = min(context - len(given), wanted - len(text))
+        if count < 1:
+            break
+        row = trainer.model.generate(
+            [given], max_new_tokens=count, temperature=0.8, top_k=200, seed=config.seed + len(text), stop_at=None
+        )[0]
+        text = torch.cat([text, row[len(given) :]])
+    return tokenizer.decode(text)

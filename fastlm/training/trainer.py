@@ -168,14 +168,15 @@ class Trainer:
             total = total + loss.detach()
         norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.grad_clip))
         total = float(total)
-        if math.isfinite(norm) and math.isfinite(total):
+        finite = math.isfinite(norm) and math.isfinite(total)
+        if finite:
             self.optimizer.step()
             self.skipped_in_a_row = 0
             self.loss_sum, self.loss_steps = self.loss_sum + total, self.loss_steps + 1
-        else:
-            self._skip(total, norm)
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
+        if not finite:
+            self._skip(total, norm)
         return total, norm
 
     def _skip(self, loss, norm):
