@@ -1,0 +1,219 @@
+"""The model's configuration, its files, and what both refuse."""
+
+import json
+import math
+import struct
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import fastlm
+from fastlm.config import PRESETS
+
+SIZES = {"vocab_size": 19, "n_positions": 8, "n_embd": 12, "n_layer": 2, "n_head": 3}
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A directory with a small model."""
+    torch.manual_seed(0)
+    fastlm.GPT2(fastlm.GPT2Config(**SIZES)).save_pretrained(tmp_path)
+    return tmp_path
+
+
+def rewrite(path, **changes):
+    values = json.loads(path.read_text())
+    path.write_text(json.dumps({**values, **changes}))
+
+
+# ---- sizes
+
+
+def test_presets_have_the_published_sizes():
+    with torch.device("meta"):
+        count = {
+            name: sum(parameter.numel() for parameter in fastlm.GPT2(fastlm.GPT2Config.preset(name)).parameters())
+            for name in PRESETS
+        }
+    assert count == {
+        "gpt2": 124_439_808, "gpt2-medium": 354_823_168, "gpt2-large": 774_030_080, "gpt2-xl": 1_557_611_200,
+    }
+
+
+def test_first_loss_is_that_of_a_guess():
+    torch.manual_seed(0)
+    model = fastlm.GPT2(fastlm.GPT2Config(vocab_size=512, n_positions=32, n_embd=64, n_layer=2, n_head=2))
+    tokens = torch.randint(512, (4, 32))
+    assert float(model.eval()(tokens, tokens.roll(-1, 1))[1].detach()) == pytest.approx(math.log(512), abs=0.1)
+
+
+def test_the_head_is_tied():
+    model = fastlm.GPT2(fastlm.GPT2Config(**SIZES))
+    assert model.lm_head.weight is model.transformer.wte.weight
+    assert model.to(torch.bfloat16).lm_head.weight is model.transformer.wte.weight
+    tokens = torch.randint(19, (1, 8))
+    model(tokens, tokens)[1].backward()
+    unused = next(index for index in range(19) if index not in tokens)
+    assert model.transformer.wte.weight.grad[unused].abs().sum() > 0  # through the head alone
+
+
+def test_dropout_only_while_training():
+    torch.manual_seed(0)
+    model = fastlm.GPT2(fastlm.GPT2Config(**SIZES, embd_pdrop=0.5, attn_pdrop=0.5, resid_pdrop=0.5))
+    tokens = torch.randint(19, (2, 8))
+    one, other = model(tokens)[0], model(tokens)[0]
+    assert not torch.equal(one, other)
+    torch.manual_seed(4)
+    one = model(tokens)[0]
+    torch.manual_seed(4)
+    assert torch.equal(one, model(tokens)[0])
+    model.eval()
+    assert torch.equal(model(tokens)[0], model(tokens)[0])
+
+
+@pytest.mark.parametrize(
+    "changes, told",
+    [
+        ({"n_head": 5}, "n_embd=12 is no multiple of n_head=5"),
+        ({"n_head": 0}, "n_head is 0: .* greater than or equal to 1"),
+        ({"n_layer": "many"}, "n_layer is 'many'"),
+        ({"vocab_size": -3}, "vocab_size is -3"),
+        ({"attn_pdrop": 1.0}, "attn_pdrop is 1.0"),
+        ({"heads": 3}, "heads is no field of GPT2Config; it has vocab_size"),
+        ({"eos_token_id": 19}, "eos_token_id=19 lies outside the vocabulary of 19"),
+    ],
+)
+def test_bad_sizes(changes, told):
+    with pytest.raises(ValueError, match=told):
+        fastlm.GPT2Config(**{**SIZES, **changes})
+
+
+def test_unknown_preset():
+    with pytest.raises(ValueError, match="preset is 'gpt3', wanted gpt2, gpt2-medium"):
+        fastlm.GPT2Config.preset("gpt3")
+
+
+@pytest.mark.parametrize(
+    "tokens, targets, told",
+    [
+        (torch.zeros(8, dtype=torch.int64), None, r"tokens are torch.int64 \(8,\), wanted int64 \(B, T\)"),
+        (torch.zeros(1, 8), None, "tokens are torch.float32"),
+        (torch.zeros(1, 9, dtype=torch.int64), None, "9 tokens a sequence, but the model has n_positions=8"),
+        (torch.full((2, 3), 19), None, r"token id 19 at \[0, 0\], wanted 0 ≤ id < vocab_size 19"),
+        (torch.full((2, 3), -1), None, r"token id -1"),
+        (torch.zeros(2, 3, dtype=torch.int64), torch.zeros(2, 4, dtype=torch.int64), r"targets have shape \(2, 4\)"),
+        (torch.zeros(2, 3, dtype=torch.int64), torch.full((2, 3), 20), "label 20 at"),
+    ],
+)
+def test_bad_tokens(tokens, targets, told):
+    with pytest.raises(ValueError, match=told):
+        fastlm.GPT2(fastlm.GPT2Config(**SIZES))(tokens, targets)
+
+
+# ---- files
+
+
+def test_round_trip(saved):
+    model = fastlm.GPT2.from_pretrained(saved)
+    assert not model.training and model.config == fastlm.GPT2Config(**SIZES)
+    stored = load_file(saved / "model.safetensors")
+    assert "lm_head.weight" not in stored and all(tensor.dtype == torch.float32 for tensor in stored.values())
+    assert all(torch.equal(stored[name], parameter) for name, parameter in model.named_parameters())
+    half = fastlm.GPT2.from_pretrained(saved, dtype=torch.bfloat16)
+    assert half.dtype == torch.bfloat16
+    half.save_pretrained(saved / "again")
+    assert load_file(saved / "again" / "model.safetensors")["transformer.wpe.weight"].dtype == torch.float32
+    assert not [path for path in saved.iterdir() if path.name.startswith(".")]
+
+
+def test_openais_own_names(saved):
+    """OpenAI's checkpoint has no `transformer.` in its names, and carries the causal masks."""
+    stored = load_file(saved / "model.safetensors")
+    renamed = {name.removeprefix("transformer."): tensor for name, tensor in stored.items()}
+    renamed["h.0.attn.bias"] = torch.ones(1, 1, 8, 8)
+    save_file(renamed, saved / "model.safetensors")
+    model = fastlm.GPT2.from_pretrained(saved)
+    assert all(torch.equal(stored[name], parameter) for name, parameter in model.named_parameters())
+
+
+@pytest.mark.parametrize(
+    "changes, told",
+    [
+        ({"n_layer": 3}, r"no weights for transformer.h.2.* \(12 missing\)"),
+        ({"n_embd": 24}, r"has shape .* but config.json makes it"),
+        ({"n_layer": 1}, "has a tensor transformer.h.1.*, which GPT-2 has not"),
+        ({"n_head": 0}, "config.json: n_head is 0"),
+        ({"n_positions": -1}, "config.json: n_positions is -1"),
+        ({"activation_function": "relu"}, "activation_function is 'relu', but GPT-2 has 'gelu_new'"),
+        ({"model_type": "llama"}, "model_type is 'llama', but GPT-2 has 'gpt2'"),
+        ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx is True"),
+        ({"n_embd": 10**12}, "n_embd is 1000000000000"),
+    ],
+)
+def test_a_config_that_does_not_fit(saved, changes, told):
+    rewrite(saved / "config.json", **changes)
+    with pytest.raises(ValueError, match=told):
+        fastlm.GPT2.from_pretrained(saved)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff\xfe", b"[" * 100_000, b'{"n_layer": 2}', b"null"])
+def test_a_config_that_is_none(saved, content):
+    (saved / "config.json").write_bytes(content)
+    with pytest.raises(ValueError, match="config.json"):
+        fastlm.GPT2.from_pretrained(saved)
+
+
+def test_damaged_weights(saved):
+    path = saved / "model.safetensors"
+    whole = path.read_bytes()
+    length = struct.unpack("<Q", whole[:8])[0]
+    damaged = [
+        b"", whole[:4], whole[: len(whole) // 2], whole[:-1], whole + b"x", struct.pack("<Q", 2**60) + whole[8:],
+        whole[:8] + b"{" * length + whole[8 + length :], whole.replace(b"F32", b"F99", 1), b"\0" * len(whole),
+    ]
+    for content in damaged:
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match="model.safetensors"):
+            fastlm.GPT2.from_pretrained(saved)
+    path.unlink()
+    with pytest.raises(ValueError, match="has no model.safetensors"):
+        fastlm.GPT2.from_pretrained(saved)
+
+
+def test_integer_weights(saved):
+    stored = load_file(saved / "model.safetensors")
+    save_file({**stored, "transformer.ln_f.bias": torch.zeros(12, dtype=torch.int32)}, saved / "model.safetensors")
+    with pytest.raises(ValueError, match="transformer.ln_f.bias is torch.int32, wanted a floating-point tensor"):
+        fastlm.GPT2.from_pretrained(saved)
+
+
+@pytest.mark.parametrize(
+    "index",
+    [{"weight_map": {"a": "../secret.safetensors"}}, {"weight_map": {"a": "/etc/passwd"}}, {"weight_map": {"a": 3}},
+     {"weight_map": []}, {}, [], {"weight_map": {"a": "weights.bin"}}],
+)
+def test_an_index_leads_nowhere_else(saved, index):
+    (saved / "model.safetensors").unlink()
+    (saved / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match="model.safetensors.index.json"):
+        fastlm.GPT2.from_pretrained(saved)
+
+
+def test_a_name_that_is_no_directory(tmp_path):
+    for name in ("./nowhere", tmp_path / "nowhere", "a/b/c"):
+        with pytest.raises(ValueError, match="is no directory; pass one with config.json"):
+            fastlm.GPT2.from_pretrained(name)
+    with pytest.raises(ValueError, match="has no config.json"):
+        fastlm.GPT2.from_pretrained(tmp_path)
+
+
+def test_a_hub_id_without_a_network(monkeypatch):
+    import huggingface_hub
+
+    def offline(*_, **__):
+        raise ConnectionError("no route to the hub")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
+    with pytest.raises(ValueError, match="gpt2: no such directory, .*no route to the hub.*pass a directory"):
+        fastlm.GPT2.from_pretrained("gpt2")
