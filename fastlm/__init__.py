@@ -21,7 +21,7 @@ _HOMES = {
     "generate": "fastlm.generation",
 }
 
-__all__ = ["__version__", *_HOMES]
+__all__ = list(_HOMES) + ["__version__"]
 
 
 def __getattr__(name):

@@ -66,8 +66,8 @@ def _weight_files(directory):
         raise ValueError(f"{directory}: has no model.safetensors")
     try:
         names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError, KeyError, TypeError, AttributeError) as e:
-        raise ValueError(f"{index}: no valid index of weights ({e})") from None
+    except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{index}: no valid index of weights ({error})") from None
     for name in names:
         if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
             raise ValueError(f"{index}: names {name!r}, wanted a .safetensors file in the same directory")

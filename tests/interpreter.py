@@ -93,9 +93,12 @@ def install():
 
     def patch_index(tensor, *args, **kwargs):
         scope = patch_tensor(tensor, *args, **kwargs)
-        index = lambda self: int(self.handle.data.squeeze())  # noqa: E731  numpy ≥ 2.4 refuses one-element arrays
+        def index(self):  # numpy ≥ 2.4 makes no int of an array of one element
+            return int(self.handle.data.squeeze())
+
         owner = args[-1] if args else None
-        owner.set_attr(tensor, "__index__", index) if hasattr(owner, "set_attr") else setattr(tensor, "__index__", index)
+        set_attribute = getattr(owner, "set_attr", setattr)
+        set_attribute(tensor, "__index__", index)
         return scope
 
     interpreter._patch_lang_tensor = patch_index

@@ -3,8 +3,8 @@
 The truth is the op in fp64; the measure is PyTorch's own plain composition of the op in the kernel's dtype:
 
     fp32         largest error ≤ 4 × PyTorch's + 4 ulp of the largest value
-    bf16, fp16   largest error ≤ 2 × PyTorch's + 1 rounding unit of the largest value (backward 3 ×), and where there are more
-                 than 4096 elements, mean error ≤ 1.2 × PyTorch's (backward 1.5 ×) + 1/64 unit
+    bf16, fp16   largest error ≤ 2 × PyTorch's + 1 rounding unit of the largest value (backward 3 ×), and, where
+                 there are more than 4096 elements, mean error ≤ 1.2 × PyTorch's (backward 1.5 ×) + 1/64 unit
 """
 
 import torch

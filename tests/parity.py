@@ -4,8 +4,8 @@ import math
 
 import torch
 import torch.nn.functional as F
-from transformers import GPT2LMHeadModel
 from transformers import GPT2Config as HuggingFaceConfig
+from transformers import GPT2LMHeadModel
 
 import fastlm
 

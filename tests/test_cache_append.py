@@ -72,7 +72,7 @@ def arguments(**changes):
         ({"positions": torch.arange(T).expand(B, T)}, TypeError, "positions is torch.int64, wanted int32"),
         ({"positions": torch.full((B, T), 8, dtype=torch.int32)}, ValueError, "position 8, wanted < 8"),
         ({"positions": torch.full((B, T), -2, dtype=torch.int32)}, ValueError, "reach down to -2, wanted ≥ -1"),
-        ({"block_table": torch.full((B, 2), 11, dtype=torch.int32)}, ValueError, "lies in page 11, wanted 0 ≤ page < 11"),
+        ({"block_table": torch.full((B, 2), 11, dtype=torch.int32)}, ValueError, "in page 11, wanted 0 ≤ page < 11"),
     ],
 )
 def test_bad_input_writes_nothing(changes, error, told):

@@ -13,7 +13,11 @@ ARCHITECTURES = {"80": "sm_80", "90a": "sm_90a", "100": "sm_100", "120": "sm_120
 
 # A barrier, and every comparison that keeps an index inside its array: where it stands, and what it becomes.
 BARRIER = re.compile(r"__syncthreads\(\);")
-BOUND = re.compile(r"(?<=[a-z] )< (?:V|head|vectors)(?=;)|y < 0 \|\| y >= (?:op\.)?V\b|min\((elements_to_boundary\(x\)), V\)")
+BOUND = re.compile(
+    r"(?<=[a-z] )< (?:V|head|vectors)(?=;)"
+    r"|y < 0 \|\| y >= (?:op\.)?V\b"
+    r"|min\((elements_to_boundary\(x\)), V\)"
+)
 
 
 def mutants():

@@ -45,7 +45,8 @@ def test_unequal_lengths_and_shuffled_pages(backend, T, layout, dtype):
 @pytest.mark.parametrize("D", [1, 8, 17, 80, 128, 256])
 def test_head_dimensions(backend, D):
     q, k_pages, v_pages, table, counts, k, v = make(1, D, torch.float32, (5, 1, 20, 64))
-    o = fastlm.decode_attention(*(tensor.to(DEVICE) for tensor in (q, k_pages, v_pages, table, counts)), scale=0.2).cpu()
+    given = (tensor.to(DEVICE) for tensor in (q, k_pages, v_pages, table, counts))
+    o = fastlm.decode_attention(*given, scale=0.2).cpu()
     for b, length in enumerate(counts.tolist()):
         own = q[b : b + 1], k[b : b + 1, :length], v[b : b + 1, :length], torch.zeros(1, 1, H, D)
         truth = plain(*(tensor.double() for tensor in own), True, 0.2)[0]
@@ -73,7 +74,7 @@ def test_zero_size(backend, batch, T):
 @pytest.mark.parametrize(
     "changes, error, told",
     [
-        ({"lengths": torch.full((B,), 81, dtype=torch.int32)}, ValueError, "lengths reach from 81 to 81, wanted 0 to 80"),
+        ({"lengths": torch.full((B,), 81, dtype=torch.int32)}, ValueError, "reach from 81 to 81, wanted 0 to 80"),
         ({"lengths": torch.full((B,), -1, dtype=torch.int32)}, ValueError, "lengths reach from -1"),
         ({"lengths": torch.full((B,), 3)}, TypeError, "lengths is torch.int64, wanted int32"),
         ({"block_table": torch.full((B, MAX_PAGES), 22, dtype=torch.int32)}, ValueError, r"block_table\[0, 0\] is 22"),

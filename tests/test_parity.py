@@ -12,7 +12,7 @@ import fastlm
 from fastlm import dispatch
 
 pytest.importorskip("transformers", reason="transformers is not installed to compare with")
-import parity  # noqa: E402
+import parity
 
 FLOOR = 8 * torch.finfo(torch.float32).eps
 SIZES = [
@@ -41,7 +41,8 @@ def hold(name, backend, ours, eager, sdpa, report=lambda line: None):
         key = f"{name} {quantity}", backend, "float32"
         numerics.WORST[key] = max(numerics.WORST.get(key, 0.0), difference / allowed)
         report(f"{name:10} {backend:10} {quantity:10} {difference:.1e} allowed {allowed:.1e}")
-        assert difference <= allowed, f"{name} on {backend}: {quantity} differ by {difference:.1e}, allowed {allowed:.1e}"
+        told = f"{name} on {backend}: {quantity} differ by {difference:.1e}, allowed {allowed:.1e}"
+        assert difference <= allowed, told
 
 
 @pytest.mark.parametrize("index", range(len(SIZES)))

@@ -69,6 +69,7 @@ def test_transformers_agrees(gpt2, data, tmp_path):
         assert theirs.encode(text) == ids
         assert theirs.decode(ids) == gpt2.decode(ids) == text
     assert theirs.eos_token_id == 50256 and len(theirs) == 50257
+    assert theirs.decode([15496, 50256, 13], skip_special_tokens=True) == "Hello."
 
 
 # ---- every kind
@@ -190,6 +191,11 @@ def test_training_is_a_function_of_the_text(bpe, monkeypatch):
     assert Tokenizer.train_bpe([parts], 340).backend.to_str() == bpe.backend.to_str()
 
 
+def test_the_end_of_text_is_no_word_to_learn():
+    tokenizer = Tokenizer.train_bpe("<|endoftext|>" * 50 + "ab" * 50, 300)
+    assert "ab" in tokenizer.backend.get_vocab() and "endoftext" not in tokenizer.backend.get_vocab()
+
+
 def test_a_text_too_short_for_the_vocabulary_gives_a_smaller_one():
     tokenizer = Tokenizer.train_bpe("ab", 5000)
     assert tokenizer.vocab_size == 258 and tokenizer.end_of_text == 257
@@ -231,14 +237,21 @@ def test_what_is_saved_loads_here_and_in_transformers(kind, bpe, tmp_path):
     assert Tokenizer.load(tmp_path / "theirs").encode(AWKWARD) == ids
 
 
-def test_truncation_and_padding_of_the_file_are_not_ours(bpe, tmp_path):
+def test_what_a_file_adds_or_cuts_is_not_ours(bpe, tmp_path):
+    """Truncation, padding, and a template that begins every text with a token."""
     bpe.save(tmp_path)
     values = json.loads((tmp_path / "tokenizer.json").read_text())
     values["truncation"] = {"direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0}
     values["padding"] = {"strategy": {"Fixed": 9}, "direction": "Right", "pad_to_multiple_of": None,
                          "pad_id": 0, "pad_type_id": 0, "pad_token": "x"}
+    begin = [{"SpecialToken": {"id": "<|endoftext|>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+    special = {"<|endoftext|>": {"id": "<|endoftext|>", "ids": [339], "tokens": ["<|endoftext|>"]}}
+    values["post_processor"] = {"type": "TemplateProcessing", "single": begin, "pair": [*begin, begin[1]],
+                                "special_tokens": special}
     (tmp_path / "tokenizer.json").write_text(json.dumps(values))
-    assert Tokenizer.load(tmp_path).encode(AWKWARD) == bpe.encode(AWKWARD)
+    loaded = Tokenizer.load(tmp_path)
+    for text in (AWKWARD, "a", ""):
+        assert loaded.encode(text) == bpe.encode(text)
 
 
 def test_vocab_and_merges_are_the_same_tokenizer(bpe, tmp_path):

@@ -70,7 +70,7 @@ def test_settings_by_precedence(tmp_path):
     "call, told",
     [
         (lambda: read_settings(preset="huge"), "preset is 'huge', wanted shakespeare-char"),
-        (lambda: read_settings(settings=["learningrate=1"]), "learningrate is no setting .* did you mean learning_rate"),
+        (lambda: read_settings(settings=["learningrate=1"]), "learningrate is .* did you mean learning_rate"),
         (lambda: read_settings(settings=["steps"]), "--set steps: wanted key=value"),
         (lambda: read_settings(file="/nowhere.toml"), "/nowhere.toml: cannot be read"),
         (lambda: TrainConfig(data="x", out="y", steps=0), "steps is 0"),

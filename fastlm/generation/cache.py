@@ -2,8 +2,8 @@
 
     k_pages[layer], v_pages[layer] (B · n, page, H, D)    block_table (B, n)    lengths (B,)
 
-Every sequence owns n pages from the start, so the decode loop allocates nothing. A step is announced with `begin`,
-run through the model, whose layers call `attend`, and closed with `end`.
+Every sequence owns n pages from the start, so the cache does not grow with the text. A step is announced with
+`begin`, run through the model, whose layers call `attend`, and closed with `end`.
 """
 
 import torch
@@ -26,9 +26,10 @@ class KVCache:
         self._empty = True
 
     def begin(self, counts, T):
-        """Announces T columns of which counts (B,) int32 are real; positions (B, T) int64 for the model.
+        """Positions (B, T) int64, for the model, of a step of T columns.
 
-        Columns beyond a row's count are written nowhere. Only the first step, the prompts, may have unequal counts.
+        The first counts (B,) int32 columns of a row are real. The others are appended nowhere, and what the
+        model says of them means nothing. After the first step, the prompts, a count is T, or 0: the row waits.
         """
         columns = torch.arange(T, dtype=torch.int32, device=self.lengths.device)
         positions = self.lengths[:, None] + columns
@@ -37,7 +38,7 @@ class KVCache:
         return positions.long()
 
     def attend(self, layer, qkv):
-        """Appends k and v of qkv (B, T, 3, H, D) and returns the attention of q over all that was appended."""
+        """The attention of q over all keys and values appended so far, those of qkv (B, T, 3, H, D) too."""
         q, k, v = qkv.unbind(2)
         pages = self.k_pages[layer], self.v_pages[layer]
         cache_append_(*pages, k, v, self.block_table, self._written)

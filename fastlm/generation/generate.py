@@ -1,24 +1,33 @@
 """The loop that continues prompts: one prefill of all of them, then a token a step for every row."""
 
+import itertools
+from collections.abc import Iterable
+from contextlib import contextmanager
+from numbers import Integral
+
 import torch
+import torch.nn.functional as F
 
 from fastlm import dispatch
 from fastlm.generation.cache import KVCache
 from fastlm.generation.sampling import check_sampling, choose, uniforms
 
 END = "end of text"
+USUAL = 50  # new tokens, where nothing is asked for
 
 
 def generate_tokens(model, tokens, **options):
-    """A list of 1-D int64 tensors, each prompt followed by what the model writes after it.
+    """A list of 1-D int64 tensors, each prompt and what the model writes after it, on the prompt's device.
 
-    tokens: (B, T) int64, or a list of 1-D prompts of any lengths; options as for `stream_tokens`. With
-    num_return_sequences = n every prompt gives n neighbouring results. There are no pads in them.
+    tokens: (B, T) int64, or a list of 1-D prompts of any lengths (tensors, or lists of ids); options as for
+    `stream_tokens`. With num_return_sequences = n every prompt gives n neighbouring results. There are no
+    pads; a result that met its end of text ends with that token.
     """
     prompts = _prompts(model, tokens)
+    steps = stream_tokens(model, prompts, **options)
     rows = [prompt for prompt in prompts for _ in range(options.get("num_return_sequences", 1))]
     written = [[] for _ in rows]
-    for new in stream_tokens(model, prompts, **options):
+    for new in steps:
         for row, token in enumerate(new):
             if token >= 0:
                 written[row].append(token)
@@ -27,108 +36,151 @@ def generate_tokens(model, tokens, **options):
 
 def stream_tokens(
     model, tokens, *, max_new_tokens=None, max_length=None, temperature=1.0, top_k=None, top_p=None,
-    num_return_sequences=1, seed=None, stop_at=END,
+    num_return_sequences=1, seed=None, stop_at=END, vocab_size=None,
 ):
     """Yields a step's new tokens, a list with an id for every row, -1 where the row has ended.
 
-    A row ends after max_new_tokens, or when prompt and new tokens together are max_length long (one of the two; 20
-    new tokens unless given), or with the token stop_at: the model's end of text unless given, None never.
-    temperature 0 is greedy; top_k and top_p narrow the draw, in this order. seed makes draws repeatable (torch's
-    generator gives one otherwise); a row's draws do not depend on the other rows. Raises ValueError, before anything
-    is computed, for settings or prompts that do not fit.
+    A row ends after max_new_tokens, or when prompt and new tokens together are max_length long (one of the
+    two; 50 new tokens, or as many as fit, unless given), or with the token stop_at: the model's end of text
+    unless given, None never. temperature 0 is greedy; top_k and top_p narrow the draw, in this order; ids are
+    below vocab_size, the model's unless given. seed makes draws repeatable (torch's generator gives one
+    otherwise): a token depends on it, on the numbers of its prompt and sequence and on what stands before it,
+    not on the other rows. Raises ValueError, before anything is computed, for what does not fit.
     """
     prompts = _prompts(model, tokens)
-    check_sampling(temperature, top_k, top_p)
-    n = num_return_sequences
-    if not isinstance(n, int) or n < 1:
-        raise ValueError(f"num_return_sequences is {n!r}, wanted a whole number ≥ 1")
+    check_sampling(temperature, top_k, top_p, seed)
+    n = _whole("num_return_sequences", num_return_sequences)
     room = _room(model, prompts, max_new_tokens, max_length)
+    V = model.config.vocab_size
+    vocab_size = V if vocab_size is None else min(V, _whole("vocab_size", vocab_size))
     stop = model.config.eos_token_id if stop_at is END else stop_at
+    if stop is not None and not (isinstance(stop, Integral) and 0 <= stop < V):
+        raise ValueError(f"stop_at is {stop!r}, wanted a token id below vocab_size {V}, or None to go on")
+    dispatch.forced("decode_attention")  # a backend of FASTLM_BACKEND that this machine lacks says so now
     seed = int(torch.randint(2**62, ())) if seed is None else int(seed)
-    if seed < 0:
-        raise ValueError(f"seed is {seed}, wanted ≥ 0")
-    dispatch.use()  # a forced backend that this machine lacks says so now
-    return _run(model, prompts, room, n, (temperature, top_k, top_p), seed, stop)
+
+    def pick(logits, uniform):
+        return choose(logits[:, :vocab_size], temperature, top_k, top_p, uniform)
+
+    return _run(model, prompts, room, n, pick, seed, stop)
 
 
-def _run(model, prompts, room, n, sampling, seed, stop):
-    device, was_training = model.device, model.training
-    lengths = torch.tensor([len(prompt) for prompt in prompts], dtype=torch.int32, device=device)
-    T = int(lengths.max())
-    padded = torch.stack([torch.nn.functional.pad(prompt, (0, T - len(prompt))) for prompt in prompts])
+def _run(model, prompts, room, n, pick, seed, stop):
     left = [count for count in room for _ in range(n)]  # tokens each row may still write
-    model.eval()
+    capacity = max(len(prompt) + count for prompt, count in zip(prompts, room))
+    with _evaluating(model):
+        cache = KVCache(model.config, len(prompts), capacity, device=model.device, dtype=model.dtype)
+        logits = _prefill(model, prompts, cache).repeat_interleave(n, 0)  # (P · n, V)
+        if n > 1:
+            cache.repeat(n)
+        uniform = uniforms(seed, len(prompts), n, max(left), model.device)
+    for step in itertools.count():
+        with _evaluating(model):
+            new = pick(logits, uniform[:, step])
+        ids = [token if count else -1 for token, count in zip(new.tolist(), left)]
+        left = [0 if token in (stop, -1) else count - 1 for token, count in zip(ids, left)]
+        yield ids
+        if not any(left):
+            return
+        with _evaluating(model):
+            logits = _step(model, new, left, cache)
+
+
+def _prefill(model, prompts, cache):
+    """The logits (P, V) behind each prompt, all computed in one batch, right-padded; fills the cache."""
+    lengths = torch.tensor([len(prompt) for prompt in prompts], dtype=torch.int32, device=model.device)
+    T = max(len(prompt) for prompt in prompts)
+    padded = torch.stack([F.pad(prompt.to(model.device), (0, T - len(prompt))) for prompt in prompts])
+    positions = cache.begin(lengths, T)
+    hidden = model.hidden(padded, positions=positions, cache=cache)  # (P, T, C)
+    cache.end()
+    return model.lm_head(hidden[torch.arange(len(prompts), device=model.device), lengths.long() - 1])
+
+
+def _step(model, new, left, cache):
+    """The logits (B, V) behind the tokens `new` (B,); a row with nothing left goes along, but waits."""
+    counts = torch.tensor(left, dtype=torch.int32).clamp(max=1).to(model.device)
+    positions = cache.begin(counts, 1).clamp(max=model.config.n_positions - 1)  # an ended row may be full
+    hidden = model.hidden(new[:, None], positions=positions, cache=cache)  # (B, 1, C)
+    cache.end()
+    return model.lm_head(hidden[:, 0])
+
+
+@contextmanager
+def _evaluating(model):
+    """No gradients, no dropout, the model's own dtype; afterwards every module is in the mode it was in.
+
+    Held for a step, not from token to token: between them the caller may do as it likes.
+    """
+    training = [module for module in model.modules() if module.training]
     try:
-        with torch.inference_mode():
-            capacity = max(len(prompt) + count for prompt, count in zip(prompts, room))
-            cache = KVCache(model.config, len(prompts), capacity, device=device, dtype=model.dtype)
-            positions = cache.begin(lengths, T)
-            hidden = model.hidden(padded.to(device), positions=positions, cache=cache)  # (P, T, C)
-            cache.end()
-            hidden = hidden[torch.arange(len(prompts), device=device), lengths.long() - 1]
-            logits = model.lm_head(hidden).repeat_interleave(n, 0)
-            if n > 1:
-                cache.repeat(n)
-            uniform = uniforms(seed, len(left), max(left), device) if sampling[0] else None
-        for step in range(max(left)):
-            with torch.inference_mode():
-                if step:
-                    # A row that has ended is computed along, but appends nothing and grows no further.
-                    positions = cache.begin(torch.tensor(left, dtype=torch.int32, device=device).clamp(max=1), 1)
-                    positions = positions.clamp(max=model.config.n_positions - 1)
-                    hidden = model.hidden(new[:, None], positions=positions, cache=cache)
-                    cache.end()
-                    logits = model.lm_head(hidden[:, 0])
-                new = choose(logits, *sampling, None if uniform is None else uniform[:, step])
-            ids = [token if count > 0 else -1 for token, count in zip(new.tolist(), left)]
-            left = [0 if token in (stop, -1) else count - 1 for token, count in zip(ids, left)]
-            yield ids
-            if max(left) <= 0:
-                return
+        for module in training:
+            module.training = False
+        with torch.inference_mode(), torch.autocast(model.device.type, enabled=False):
+            yield
     finally:
-        model.train(was_training)
+        for module in training:
+            module.training = True
+
+
+def _whole(name, value):
+    if not isinstance(value, Integral) or value < 1:
+        raise ValueError(f"{name} is {value!r}, wanted a whole number ≥ 1")
+    return int(value)
 
 
 def _prompts(model, tokens):
-    """The prompts as a list of 1-D int64 CPU tensors, checked."""
-    rows = list(tokens) if not isinstance(tokens, torch.Tensor) or tokens.dim() == 2 else None
-    if rows is None:
-        raise ValueError(f"tokens have shape {tuple(tokens.shape)}, wanted (B, T) or a list of 1-D prompts")
-    if not rows:
+    """The prompts as a list of 1-D int64 tensors, checked."""
+    shape = tuple(tokens.shape) if isinstance(tokens, torch.Tensor) else None
+    if not isinstance(tokens, Iterable) or isinstance(tokens, str) or (shape is not None and len(shape) != 2):
+        got = type(tokens).__name__ if shape is None else f"a tensor {shape}"
+        raise ValueError(f"tokens are {got}, wanted (B, T) or a list of 1-D prompts; one prompt is [prompt]")
+    prompts = [_prompt(index, row, model.config.vocab_size) for index, row in enumerate(tokens)]
+    if not prompts:
         raise ValueError("tokens hold no prompt, wanted at least one")
-    prompts = []
-    for index, row in enumerate(rows):
-        row = row.detach().cpu() if isinstance(row, torch.Tensor) else torch.tensor(list(row), dtype=torch.int64)
+    return prompts
+
+
+def _prompt(index, row, V):
+    if isinstance(row, torch.Tensor):
         if row.dim() != 1 or row.dtype not in (torch.int64, torch.int32):
             raise ValueError(f"prompt {index} is {row.dtype} {tuple(row.shape)}, wanted int64 (T,)")
-        if not len(row):
-            raise ValueError(f"prompt {index} is empty, wanted at least one token")
-        prompts.append(row.long())
-        V = model.config.vocab_size
-        if int(row.min()) < 0 or int(row.max()) >= V:
-            wrong = int(row[(row < 0) | (row >= V)][0])
-            raise ValueError(
-                f"prompt {index} has token id {wrong}, wanted 0 ≤ id < vocab_size {V}; "
-                "was it tokenised with another vocabulary?"
-            )
-    return prompts
+        ids, device = row.tolist(), row.device
+    elif isinstance(row, Iterable) and not isinstance(row, str):
+        ids, device = list(row), None
+    else:
+        raise ValueError(
+            f"prompt {index} is {row!r}, wanted token ids, 1-D; "
+            "for text there is fastlm.generate(model, tokenizer, text)"
+        )
+    if not ids:
+        raise ValueError(f"prompt {index} is empty, wanted at least one token")
+    wrong = [token for token in ids if not isinstance(token, Integral) or not 0 <= token < V]
+    if wrong:
+        raise ValueError(
+            f"prompt {index} has token id {wrong[0]!r}, wanted whole numbers 0 ≤ id < vocab_size {V}; "
+            "was it tokenised with another vocabulary?"
+        )
+    return torch.tensor(ids, dtype=torch.int64, device=device)
 
 
 def _room(model, prompts, max_new_tokens, max_length):
     """How many tokens may follow each prompt."""
     if max_new_tokens is not None and max_length is not None:
         raise ValueError("got both max_new_tokens and max_length, wanted one of them")
-    name, value = ("max_length", max_length) if max_length is not None else ("max_new_tokens", max_new_tokens)
-    if value is not None and (not isinstance(value, int) or value < 1):
-        raise ValueError(f"{name} is {value!r}, wanted a whole number ≥ 1")
+    new = None if max_new_tokens is None else _whole("max_new_tokens", max_new_tokens)
+    whole = None if max_length is None else _whole("max_length", max_length)
     limit, room = model.config.n_positions, []
-    for index, prompt in enumerate(prompts):
-        count = max_length - len(prompt) if max_length is not None else max_new_tokens or 20
+    for index, length in enumerate(map(len, prompts)):
+        count = new or (whole - length if whole else max(1, min(USUAL, limit - length)))
         if count < 1:
-            raise ValueError(f"prompt {index} has {len(prompt)} tokens, none left to write within max_length={max_length}")
-        if len(prompt) + count > limit:
             raise ValueError(
-                f"prompt {index} has {len(prompt)} tokens, with {count} new ones {len(prompt) + count}, but the model "
+                f"prompt {index} has {length} tokens, wanted fewer than max_length={whole}; "
+                "raise it, or set max_new_tokens"
+            )
+        if length + count > limit:
+            raise ValueError(
+                f"prompt {index} has {length} tokens, with {count} new ones {length + count}, but the model "
                 f"has n_positions={limit}; shorten the prompt or write fewer"
             )
         room.append(count)
@@ -141,16 +193,27 @@ def generate(model, tokenizer, texts, **options):
     texts: a string, or a list of them. Returns a string for a string and a list for a list; with
     num_return_sequences > 1 a list of strings in each place. The end-of-text token is left out.
     """
+    if not isinstance(texts, (str, list, tuple)):
+        raise TypeError(f"texts are {type(texts).__name__}, wanted a string or a list of strings")
     prompts = [tokenizer.encode(text) for text in ([texts] if isinstance(texts, str) else texts)]
     for index, prompt in enumerate(prompts):
         if not prompt:
             raise ValueError(f"prompt {index} is empty, wanted at least one character")
-    written = [text_of(tokenizer, row) for row in generate_tokens(model, prompts, **options)]
+    rows = generate_tokens(model, prompts, **{**text_options(model, tokenizer), **options})
+    written = [text_of(model, tokenizer, row) for row in rows]
     n = options.get("num_return_sequences", 1)
     results = written if n == 1 else [written[i : i + n] for i in range(0, len(written), n)]
     return results[0] if isinstance(texts, str) else results
 
 
-def text_of(tokenizer, row):
-    """The text of one result, without an end-of-text token at its end."""
-    return tokenizer.decode(row[:-1] if int(row[-1]) == tokenizer.end_of_text else row)
+def text_options(model, tokenizer):
+    """What `stream_tokens` must know to write text: which ids have one (a model may have more), the end."""
+    end = tokenizer.end_of_text if model.config.eos_token_id is None else model.config.eos_token_id
+    stop_at = None if end is None or end >= model.config.vocab_size else end
+    return {"vocab_size": tokenizer.vocab_size, "stop_at": stop_at}
+
+
+def text_of(model, tokenizer, row):
+    """The text of one result, without an end of text as its last token."""
+    ended = int(row[-1]) in (model.config.eos_token_id, tokenizer.end_of_text)
+    return tokenizer.decode(row[:-1] if ended else row)

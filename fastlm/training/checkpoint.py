@@ -35,7 +35,7 @@ def save(directory, step, model, optimizer, state):
         save_file({name: tensor.contiguous() for name, tensor in model.items()}, staging / FILES[0], {"format": "pt"})
         save_file({name: tensor.contiguous() for name, tensor in optimizer.items()}, staging / FILES[1])
         (staging / FILES[2]).write_text(json.dumps(state, indent=2), encoding="utf-8")
-        manifest = {name: {"sha256": _sha256(staging / name), "bytes": (staging / name).stat().st_size} for name in FILES}
+        manifest = {name: {"sha256": _sha256(staging / name)} for name in FILES}
         (staging / "manifest.json").write_text(json.dumps(manifest, indent=2), encoding="utf-8")
         for path in staging.iterdir():
             sync(path)
