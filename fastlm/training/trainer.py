@@ -18,7 +18,7 @@ import torch
 from fastlm import dispatch
 from fastlm.config import GPT2Config
 from fastlm.data.loader import Loader
-from fastlm.data.prepare import MANIFEST, prepare
+from fastlm.data.prepare import MANIFEST, load_manifest, prepare
 from fastlm.data.shards import read_split
 from fastlm.data.tokenizer import Tokenizer
 from fastlm.gpt2 import GPT2
@@ -75,14 +75,17 @@ class Trainer:
     def _prepared(self):
         """The directory of shards: the one given, or OUT/data made from the text given."""
         given, made = Path(self.config.data), self.out / "data"
-        if (given / MANIFEST).is_file() or (given.is_dir() and list(given.glob("*train*.bin"))):
+        for directory in (given, made):
+            if (directory / MANIFEST).is_file():
+                load_manifest(directory)
+                return directory
+        if given.is_dir() and list(given.glob("*train*.bin")):  # shards that another program wrote
             return given
-        if not (made / MANIFEST).is_file():
-            manifest = prepare(
-                [given], made, tokenizer=self.config.tokenizer, vocab_size=self.config.vocab_size,
-                val_fraction=self.config.val_fraction, progress=self.report.preparing,
-            )
-            self.report.prepared(manifest)
+        manifest = prepare(
+            [given], made, tokenizer=self.config.tokenizer, vocab_size=self.config.vocab_size,
+            val_fraction=self.config.val_fraction, progress=self.report.preparing,
+        )
+        self.report.prepared(manifest)
         return made
 
     def _make_model(self, vocab):
