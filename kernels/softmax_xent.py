@@ -18,6 +18,14 @@ LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
+def _take(m, s, x):
+    """The running maximum and sum after a block of logits x (BLOCK_V,)."""
+    top = tl.maximum(m, tl.max(x, axis=0))
+    origin = tl.where(top == float("-inf"), 0.0, top)  # -inf minus itself would be NaN
+    return top, s * tl.exp2((m - origin) * LOG2E) + tl.sum(tl.exp2((x - origin) * LOG2E), axis=0)
+
+
+@triton.jit
 def _softmax_xent_fwd_kernel(
     loss_ptr, lse_ptr,                  # out  (N,), (N,)
     x_ptr, y_ptr, stride_xn,            # in   (N, V), (N,)
@@ -26,15 +34,15 @@ def _softmax_xent_fwd_kernel(
 ):
     n = tl.program_id(0).to(tl.int64)
     x_ptr += n * stride_xn
-    m = float("-inf")
-    s = 0.0
-    for start in range(0, V, BLOCK_V):
-        v = start + tl.arange(0, BLOCK_V)
+    m, s = float("-inf"), 0.0
+    whole = V - V % BLOCK_V  # blocks without a mask are loaded 16 bytes at a time
+    for start in range(0, whole, BLOCK_V):
+        x = tl.load(x_ptr + start + tl.arange(0, BLOCK_V)).to(tl.float32)  # (BLOCK_V,)
+        m, s = _take(m, s, x)
+    if whole < V:
+        v = whole + tl.arange(0, BLOCK_V)
         x = tl.load(x_ptr + v, mask=v < V, other=float("-inf")).to(tl.float32)  # (BLOCK_V,)
-        top = tl.maximum(m, tl.max(x, axis=0))
-        origin = tl.where(top == float("-inf"), 0.0, top)  # -inf minus itself would be NaN
-        s = s * tl.exp2((m - origin) * LOG2E) + tl.sum(tl.exp2((x - origin) * LOG2E), axis=0)
-        m = top
+        m, s = _take(m, s, x)
     log_sum = tl.log2(s) * LN2
 
     y = tl.load(y_ptr + n)
@@ -44,6 +52,13 @@ def _softmax_xent_fwd_kernel(
     loss = tl.where(inside, log_sum - (label - m), float("nan"))
     tl.store(lse_ptr + n, m + log_sum)
     tl.store(loss_ptr + n, tl.where(y == ignore, 0.0, loss))
+
+
+@triton.jit
+def _gradient(x, v, lse, label, dloss, ignored):
+    """dx of a block of one row, all (BLOCK_V,) or scalars; an ignored row gives 0 whatever x holds."""
+    dx = (tl.exp2((x - lse) * LOG2E) - (v == label).to(tl.float32)) * dloss
+    return tl.where(ignored, 0.0, dx)
 
 
 @triton.jit
@@ -58,13 +73,18 @@ def _softmax_xent_bwd_kernel(
     x_ptr += n * stride_xn
     dx_ptr += n * stride_dxn
     y, lse, dloss = tl.load(y_ptr + n), tl.load(lse_ptr + n), tl.load(dloss_ptr + n)
-    ignored = y == ignore
-    wrong = (y < 0) | (y >= V)
-    for start in range(0, V, BLOCK_V):
+    ignored, inside = y == ignore, (y >= 0) & (y < V)
+    dloss = tl.where(inside, dloss, float("nan"))
+    label = tl.where(inside, y, -1).to(tl.int32)
+    whole = V - V % BLOCK_V
+    for start in range(0, whole, BLOCK_V):
         v = start + tl.arange(0, BLOCK_V)
+        dx = _gradient(tl.load(x_ptr + v).to(tl.float32), v, lse, label, dloss, ignored)  # (BLOCK_V,)
+        tl.store(dx_ptr + v, dx.to(dx_ptr.dtype.element_ty))
+    if whole < V:
+        v = whole + tl.arange(0, BLOCK_V)
         x = tl.load(x_ptr + v, mask=v < V, other=float("-inf")).to(tl.float32)  # (BLOCK_V,)
-        dx = (tl.exp2((x - lse) * LOG2E) - (v == y).to(tl.float32)) * dloss
-        dx = tl.where(ignored, 0.0, tl.where(wrong, float("nan"), dx))
+        dx = _gradient(x, v, lse, label, dloss, ignored)
         tl.store(dx_ptr + v, dx.to(dx_ptr.dtype.element_ty), mask=v < V)
 
 
@@ -72,10 +92,10 @@ def _config(V, capability):
     """BLOCK_V and num_warps: 16 bytes or more a thread, and a row in as few rounds as registers allow."""
     if capability is None:  # interpreted: the cost is per operation, not per element
         return triton.next_power_of_2(min(V, 65536)), 4
-    for limit, block, warps in ((1024, 1024, 2), (4096, 4096, 4), (16384, 8192, 8)):
+    for limit, block, warps in ((2048, 1024, 2), (16384, 2048, 4)):
         if V <= limit:
             return block, warps
-    return 16384, 16
+    return 4096, 8
 
 
 def _capability(x):

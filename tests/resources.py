@@ -1,0 +1,132 @@
+"""Compiles the Triton kernels for GPUs that are not here, and reads from the result what each will use.
+
+    python tests/resources.py [80 90 100 120]          a table; with --json a list of rows
+
+Every kernel is compiled with every configuration its launcher can choose. Registers, spills and shared memory come from
+the cubin, by the cuobjdump and nvdisasm in Triton's own package. Runs in a process of its own, uninterpreted.
+"""
+
+import itertools
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ARCHITECTURES = (80, 90, 100, 120)
+SHARED_LIMIT = {80: 163, 90: 227, 100: 227, 120: 99}  # KiB a block may use
+REGISTERS, THREADS = 65536, {80: 2048, 90: 2048, 100: 2048, 120: 1536}  # a multiprocessor has
+DTYPES = {"bf16": "*bf16", "fp16": "*fp16", "fp32": "*fp32"}
+
+
+def variants(capability):
+    """(name, dtype, kernel, argument types, constants, warps) of every kernel × dtype × configuration."""
+    from fastlm.kernels import softmax_xent
+
+    sizes = {"stride_xn": "i32", "stride_dxn": "i32", "V": "i32", "ignore": "i32"}
+    configs = {softmax_xent._config(V, capability) for V in (1, 37, 2048, 2049, 16384, 16385, 50257, 300000)}
+    for (dtype, pointer), (block, warps) in itertools.product(DTYPES.items(), sorted(configs)):
+        tensors = {"x_ptr": pointer, "dx_ptr": pointer, "y_ptr": "*i64"}
+        tensors |= dict.fromkeys(("loss_ptr", "lse_ptr", "dloss_ptr"), "*fp32")
+        for kernel in (softmax_xent._softmax_xent_fwd_kernel, softmax_xent._softmax_xent_bwd_kernel):
+            name = f"{kernel.fn.__name__.strip('_').removesuffix('_kernel')} {block}"
+            yield name, dtype, kernel, {**sizes, **tensors}, {"BLOCK_V": block}, warps
+
+
+def compile_variant(kernel, types, constants, warps, capability):
+    """The compiled kernel, pointers and strides multiples of 16 as a launch finds them for padded rows."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
+    index = {name: (position,) for position, name in enumerate(kernel.arg_names)}
+    source = ASTSource(
+        fn=kernel,
+        signature=signature,
+        constexprs={index[name]: value for name, value in constants.items()},
+        attrs={index[name]: [["tt.divisibility", 16]] for name, kind in signature.items()
+               if kind[0] == "*" or name.startswith("stride")},
+    )
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
+
+
+def read_resources(compiled, capability):
+    """What a compiled kernel uses, and whether its addresses are 64 bits wide."""
+    import triton
+
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage = subprocess.run([tools / "cuobjdump", "-res-usage", file.name], capture_output=True, text=True).stdout
+        machine = subprocess.run([tools / "nvdisasm", "-c", file.name], capture_output=True, text=True).stdout
+    registers = int(re.search(r"REG:(\d+)", usage).group(1))
+    threads, shared = compiled.metadata.num_warps * 32, compiled.metadata.shared
+    blocks = min(REGISTERS // (max(registers, 1) * threads), THREADS[capability] // threads)
+    if shared:
+        blocks = min(blocks, SHARED_LIMIT[capability] * 1024 // shared)
+    return {
+        "registers": registers,
+        "spills": len(re.findall(r"\b(?:STL|LDL)\b", machine)),
+        "shared": shared,
+        "threads": threads,
+        "occupancy": round(blocks * threads / THREADS[capability], 2),
+        "wgmma": len(re.findall(r"\bHGMMA", machine)),
+        "tma": len(re.findall(r"\bUTMALDG", machine)),
+        "wide_loads": len(re.findall(r"\bLDG\.E\S*\.128", machine)),
+        "wide_stores": len(re.findall(r"\bSTG\.E\S*\.128", machine)),
+        "narrow_rows": narrow_rows(compiled.asm["ttir"]),
+    }
+
+
+def narrow_rows(ttir):
+    """Products in 32 bits that a pointer's offset is made of: row · stride overflows beyond 2^31 elements."""
+    defined = dict(re.findall(r"^\s*(%\S+) = (.*)$", ttir, re.MULTILINE))
+    found = set()
+
+    def walk(name, seen):
+        text = defined.get(name, "")
+        if name in seen or not text:
+            return
+        seen.add(name)
+        if "arith.muli" in text and re.search(r": (?:tensor<\S*x)?i32\b", text):
+            found.add(name)
+        for operand in re.findall(r"%[\w#]+", text):
+            walk(operand, seen)
+
+    for text in defined.values():
+        if text.startswith("tt.addptr"):
+            walk(re.findall(r"%[\w#]+", text)[1], set())
+    return len(found)
+
+
+def report(architectures=ARCHITECTURES):
+    """A row for every kernel × dtype × configuration × architecture."""
+    for capability in architectures:
+        for name, dtype, kernel, types, constants, warps in variants((capability // 10, capability % 10)):
+            compiled = compile_variant(kernel, types, constants, warps, capability)
+            yield {"kernel": name, "dtype": dtype, "sm": capability, **read_resources(compiled, capability)}
+
+
+def report_elsewhere(architectures):
+    """The report from a fresh process, for a caller in which Triton is interpreted."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, __file__, "--json", *map(str, architectures)], capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout)
+
+
+if __name__ == "__main__":
+    asked = [int(argument) for argument in sys.argv[1:] if argument.isdigit()] or ARCHITECTURES
+    rows = list(report(asked))
+    if "--json" in sys.argv:
+        print(json.dumps(rows))
+    else:
+        print("  ".join(f"{key:>12}" for key in rows[0]))
+        for row in rows:
+            print("  ".join(f"{value:>12}" for value in row.values()))
