@@ -1,16 +1,14 @@
-"""The generator: the cache, the draws, the limits, the command."""
-
-import os
-import subprocess
-import sys
+"""The generator: the cache, the draws, the limits, text."""
 
 import pytest
 import torch
 
 import fastlm
+from fastlm import dispatch
 from fastlm.data.tokenizer import Tokenizer
 from fastlm.generation import KVCache, stream_tokens
 from fastlm.generation.sampling import choose, uniforms
+from fastlm.philox import philox
 
 
 @pytest.fixture(scope="module")
@@ -24,14 +22,24 @@ def model():
     return model
 
 
-@pytest.fixture(scope="module")
-def directory(model, tmp_path_factory):
-    path = tmp_path_factory.mktemp("model")
-    model.save_pretrained(path, tokenizer=Tokenizer.bytes())
-    return path
-
-
 PROMPTS = [torch.tensor([5]), torch.arange(9), torch.tensor([200, 1, 30])]
+
+
+def lists(rows):
+    return [row.tolist() for row in rows]
+
+
+@pytest.mark.parametrize("name", ["torch", "cpu", "reference"])
+def test_the_forced_backend_runs_and_stays_forced(model, name):
+    if (reason := dispatch.why_not("decode_attention", name)) is not None:
+        pytest.skip(reason)
+    with fastlm.use(name), dispatch.record() as calls:
+        model.generate(PROMPTS, max_new_tokens=3)
+        assert dispatch.forced("attention") == name
+    L = model.config.n_layer
+    assert dict(calls) == {
+        ("cache_append_", name): 3 * L, ("attention_qkv_fwd", name): L, ("decode_attention", name): 2 * L
+    }
 
 
 @pytest.mark.parametrize("counts", [1, 2, 7])
@@ -60,6 +68,10 @@ def test_a_tensor_of_prompts(model):
     batch = torch.randint(257, (3, 5))
     assert [len(row) for row in model.generate(batch, max_new_tokens=2)] == [7, 7, 7]
     assert [len(row) for row in model.generate(PROMPTS, max_length=12)] == [12, 12, 12]
+    assert [len(row) for row in model.generate([[5], range(60)])] == [51, 64]  # 50 new ones, or what fits
+    assert lists(model.generate([[5], (1, 2)], temperature=0)) == lists(
+        model.generate([torch.tensor([5], dtype=torch.int32), torch.tensor([1, 2])], temperature=0)
+    )
 
 
 def test_rows_reach_the_last_position(model):
@@ -71,14 +83,58 @@ def test_rows_reach_the_last_position(model):
 
 def test_a_seed_repeats_and_rows_do_not_disturb_each_other(model):
     options = {"max_new_tokens": 12, "temperature": 0.9, "top_k": 40, "top_p": 0.95}
-    one = model.generate(PROMPTS, seed=11, **options)
-    assert [row.tolist() for row in one] == [row.tolist() for row in model.generate(PROMPTS, seed=11, **options)]
-    assert [row.tolist() for row in one] != [row.tolist() for row in model.generate(PROMPTS, seed=12, **options)]
-    assert one[0].tolist() == model.generate(PROMPTS[:1], seed=11, **options)[0].tolist()
+    one = lists(model.generate(PROMPTS, seed=11, **options))
+    assert one == lists(model.generate(PROMPTS, seed=11, **options))
+    assert one != lists(model.generate(PROMPTS, seed=12, **options))
+    assert one != lists(model.generate(PROMPTS, seed=11 + 2**32, **options))
+    assert one[:1] == lists(model.generate(PROMPTS[:1], seed=11, **options))
+    assert one == lists(model.generate(PROMPTS, seed=11, num_return_sequences=3, **options)[::3])
     torch.manual_seed(5)
-    first = model.generate(PROMPTS, **options)
+    first = lists(model.generate(PROMPTS, **options))
+    assert first != lists(model.generate(PROMPTS, **options))
     torch.manual_seed(5)
-    assert [row.tolist() for row in first] == [row.tolist() for row in model.generate(PROMPTS, **options)]
+    assert first == lists(model.generate(PROMPTS, **options))
+
+
+def test_draws_do_not_depend_on_the_batch():
+    logits = torch.randn(40, 1000, generator=torch.Generator().manual_seed(0))
+    draws = uniforms(3, 40, 1, 1, "cpu")[:, 0]
+    together = choose(logits, 0.8, 50, 0.9, draws).tolist()
+    assert together == [int(choose(logits[r : r + 1], 0.8, 50, 0.9, draws[r : r + 1])) for r in range(40)]
+
+
+def test_dropout_is_off_and_the_mode_comes_back(model):
+    wanted = lists(model.generate(PROMPTS, max_new_tokens=5, temperature=0))
+    try:
+        model.train()
+        model.transformer.h[1].eval()
+        mode = [module.training for module in model.modules()]
+        assert lists(model.generate(PROMPTS, max_new_tokens=5, temperature=0)) == wanted
+        assert mode == [module.training for module in model.modules()]
+        # Two texts at once: the first to end does not switch dropout on for the other.
+        short = stream_tokens(model, PROMPTS[:1], max_new_tokens=2, temperature=0)
+        long = stream_tokens(model, PROMPTS, max_new_tokens=5, temperature=0)
+        first = next(short)
+        steps = [next(long)]
+        assert [first, *short] == [[token] for token in wanted[0][1:3]]
+        steps += long
+        assert [list(column) for column in zip(*steps)] == [row[-5:] for row in wanted]
+        assert mode == [module.training for module in model.modules()]
+    finally:
+        model.eval()
+
+
+def test_under_autocast(model):
+    plain = lists(model.generate(PROMPTS, max_new_tokens=5, temperature=0))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert lists(model.generate(PROMPTS, max_new_tokens=5, temperature=0)) == plain
+
+
+def test_bf16(model):
+    half = fastlm.GPT2(model.config).eval()
+    half.load_state_dict(model.state_dict())
+    half.to(torch.bfloat16)
+    assert [len(row) for row in half.generate(PROMPTS, max_new_tokens=5, seed=0)] == [6, 14, 8]
 
 
 def test_stopping(model):
@@ -92,6 +148,17 @@ def test_stopping(model):
         assert row[len(prompt) :].tolist() == wanted
 
 
+def test_stopping_at_the_models_end_of_text(model):
+    greedy = {"max_new_tokens": 8, "temperature": 0}
+    plain = lists(model.generate(PROMPTS, **greedy))
+    end = plain[0][2]
+    other = fastlm.GPT2(model.config.model_copy(update={"eos_token_id": end})).eval()
+    other.load_state_dict(model.state_dict())
+    first = other.generate(PROMPTS, **greedy)[0].tolist()
+    assert first == plain[0][: plain[0].index(end, 1) + 1]
+    assert lists(other.generate(PROMPTS, stop_at=None, **greedy)) == plain
+
+
 def test_streaming_gives_the_same_tokens(model):
     steps = list(stream_tokens(model, PROMPTS, max_new_tokens=5, seed=1))
     rows = model.generate(PROMPTS, max_new_tokens=5, seed=1)
@@ -103,7 +170,7 @@ def test_draws_follow_the_distribution():
     """Chi-square over 8 classes and 20,000 draws; 24.3 is exceeded by chance once in a thousand."""
     logits = torch.tensor([[0.1, -1.0, 2.0, 0.5, 1.0, -0.3, 0.0, 1.5]])
     n, temperature = 20_000, 0.7
-    drawn = choose(logits.expand(n, 8), temperature, None, None, uniforms(7, n, 1, "cpu")[:, 0])
+    drawn = choose(logits.expand(n, 8), temperature, None, None, uniforms(7, n, 1, 1, "cpu")[:, 0])
     counts = torch.bincount(drawn, minlength=8)
     expected = torch.softmax(logits[0] / temperature, 0) * n
     assert float(((counts - expected) ** 2 / expected).sum()) < 24.3
@@ -111,7 +178,7 @@ def test_draws_follow_the_distribution():
 
 def test_top_k_and_top_p():
     p = torch.tensor([[0.05, 0.4, 0.3, 0.15, 0.1]])
-    draws = uniforms(0, 2000, 1, "cpu")[:, 0]
+    draws = uniforms(0, 2000, 1, 1, "cpu")[:, 0]
 
     def support(**options):
         given = {"top_k": None, "top_p": None, **options}
@@ -143,6 +210,26 @@ def test_extreme_draws_stay_inside():
     logits[:, 7] = 0.0
     ids = choose(logits, 0.01, None, None, torch.tensor([0.0, 1.0 - 2**-53], dtype=torch.float64))
     assert ids.tolist() == [7, 7]
+    ends = torch.tensor([[float("-inf"), 0.0, 0.0, float("-inf")]]).expand(2, 4)
+    assert choose(ends, 1.0, None, None, torch.tensor([0.0, 1.0 - 2**-53]).double()).tolist() == [1, 2]
+
+
+@pytest.mark.parametrize("temperature", [5e-324, 1e-50, 1e-9])
+def test_the_smallest_temperatures_are_greedy(temperature):
+    """In fp32 1e-50 is 0, and 0 / 0 gave the last id of the vocabulary."""
+    draws = torch.tensor([0.0, 0.999], dtype=torch.float64)
+    assert choose(torch.tensor([[0.0, 5.0, 1.0]]).expand(2, 3), temperature, 2, 0.9, draws).tolist() == [1, 1]
+    assert choose(torch.tensor([[0.0, 5.0]]).expand(2, 2), 1e300, None, None, draws).tolist() == [0, 1]
+
+
+def test_uniforms_have_53_bits():
+    """Made of two words of Philox without a rounding to fp32, which could give 1."""
+    zero = torch.zeros((), dtype=torch.int64)
+    words = philox((zero + 4, zero + 1, zero + 2, zero), (zero + 9, zero + 1))[:2]
+    high, low = (int(word) for word in words)
+    drawn = uniforms(9 + 2**32, 3, 2, 5, "cpu")
+    assert drawn.shape == (6, 5) and float(drawn[5, 4]) == ((high >> 5 << 26) | (low >> 6)) / 2**53
+    assert float(drawn.max()) < 1 and bool((uniforms(0, 50, 1, 50, "cpu") * 2**32 % 1 != 0).all())
 
 
 @pytest.mark.parametrize(
@@ -150,24 +237,43 @@ def test_extreme_draws_stay_inside():
     [
         ([], {}, "hold no prompt"),
         ([torch.tensor([], dtype=torch.int64)], {}, "prompt 0 is empty"),
+        (torch.zeros(0, 4, dtype=torch.int64), {}, "hold no prompt"),
+        (torch.zeros(2, 0, dtype=torch.int64), {}, "prompt 0 is empty"),
         (torch.zeros(3, dtype=torch.int64), {}, "wanted \\(B, T\\) or a list"),
-        ([torch.tensor([1, 257])], {}, "token id 257, wanted 0 ≤ id < vocab_size 257"),
+        ([1, 2, 3], {}, "prompt 0 is 1, wanted token ids"),
+        (["text"], {}, "prompt 0 is 'text', wanted token ids.*fastlm.generate"),
+        ("text", {}, "tokens are str"),
+        (None, {}, "tokens are NoneType"),
+        ([[1], []], {}, "prompt 1 is empty"),
+        ([[1.5]], {}, "token id 1.5, wanted whole numbers"),
+        ([[2**70]], {}, "token id 1180591620717411303424"),
+        ([torch.tensor([1, -1])], {}, "token id -1"),
+        ([torch.tensor([1, 257])], {}, "token id 257, wanted whole numbers 0 ≤ id < vocab_size 257"),
         ([torch.tensor([0.5])], {}, "prompt 0 is torch.float32"),
         (PROMPTS, {"max_new_tokens": 60}, "prompt 1 has 9 tokens, with 60 new .* n_positions=64"),
-        (PROMPTS, {"max_length": 9}, "prompt 1 has 9 tokens, none left"),
+        ([[1] * 64], {}, "prompt 0 has 64 tokens, with 1 new ones 65, .* n_positions=64"),
+        (PROMPTS, {"max_length": 9}, "prompt 1 has 9 tokens, wanted fewer than max_length=9"),
         (PROMPTS, {"max_new_tokens": 0}, "max_new_tokens is 0"),
         (PROMPTS, {"max_new_tokens": 3, "max_length": 30}, "got both"),
         (PROMPTS, {"temperature": -0.1}, "temperature is -0.1"),
         (PROMPTS, {"temperature": float("nan")}, "temperature is nan"),
         (PROMPTS, {"top_k": 0}, "top_k is 0"),
         (PROMPTS, {"top_p": 1.5}, "top_p is 1.5"),
+        (PROMPTS, {"top_p": 0}, "top_p is 0"),
+        (PROMPTS, {"top_p": float("nan")}, "top_p is nan"),
         (PROMPTS, {"num_return_sequences": 0}, "num_return_sequences is 0"),
+        (PROMPTS, {"num_return_sequences": 1.5}, "num_return_sequences is 1.5"),
         (PROMPTS, {"seed": -1}, "seed is -1"),
+        (PROMPTS, {"seed": 1.5}, "seed is 1.5"),
+        (PROMPTS, {"seed": 2**64}, "seed is 18446744073709551616"),
+        (PROMPTS, {"stop_at": 257}, "stop_at is 257, wanted a token id below vocab_size 257"),
+        (PROMPTS, {"vocab_size": 0}, "vocab_size is 0"),
     ],
 )
 def test_bad_input(model, tokens, options, told):
-    with pytest.raises(ValueError, match=told):
+    with dispatch.record() as calls, pytest.raises(ValueError, match=told):
         model.generate(tokens, **options)
+    assert not calls  # nothing was computed
 
 
 def test_text(model):
@@ -178,7 +284,30 @@ def test_text(model):
     assert both[0] == text and both[1].startswith("a")
     five = fastlm.generate(model, tokenizer, "Hello, I am", max_length=50, num_return_sequences=5, seed=0)
     assert len(five) == 5 and len(set(five)) == 5
+    pairs = fastlm.generate(model, tokenizer, ["a", "b"], num_return_sequences=2)
+    assert [[text[0] for text in pair] for pair in pairs] == [["a", "a"], ["b", "b"]]
     with pytest.raises(ValueError, match="prompt 1 is empty"):
         fastlm.generate(model, tokenizer, ["a", ""])
+    with pytest.raises(ValueError, match="hold no prompt"):
+        fastlm.generate(model, tokenizer, [])
+    with pytest.raises(TypeError, match="texts are bytes"):
+        fastlm.generate(model, tokenizer, b"Hello")
+
+
+def test_text_ends_with_the_tokenizers_end(model):
+    """A config without an end of text leaves it to the tokenizer; the token is not part of the text."""
+    tokenizer = Tokenizer.bytes()
+    options = {"num_return_sequences": 60, "seed": 1, "temperature": 3.0}
+    texts = fastlm.generate(model, tokenizer, "Hello", **options)
+    rows = model.generate([tokenizer.encode("Hello")], stop_at=256, **options)
+    ended = [int(row[-1]) == 256 for row in rows]
+    assert any(ended) and not all(ended)
+    assert texts == [tokenizer.decode(row[:-1] if end else row) for row, end in zip(rows, ended)]
+
+
+def test_ids_that_the_tokenizer_lacks_are_not_drawn():
+    """A padded vocabulary: the model has 128 ids, the tokenizer 3."""
+    config = fastlm.GPT2Config(vocab_size=128, n_positions=64, n_embd=16, n_layer=1, n_head=1)
+    assert set(fastlm.generate(fastlm.GPT2(config), Tokenizer.chars("abc"), "ab", seed=0)) == set("abc")
 
 

@@ -108,7 +108,7 @@ def test_standard_input_and_files_that_are_no_text(command, tmp_path):
     assert "empty: holds no prompt" in command("--file", tmp_path / "empty")[2]
 
 
-@pytest.mark.parametrize("forced", ["cuda", "softmax_xent=cuda", "gpu", "attention=nothing"])
+@pytest.mark.parametrize("forced", ["cuda", "softmax_xent=cuda", "abacus", "attention=nothing"])
 def test_a_backend_that_is_not_here(directory, forced):
     if torch.cuda.is_available() and "cuda" in forced:
         pytest.skip("a GPU is here: cuda runs")

@@ -1,0 +1,137 @@
+"""Bugs planted on purpose, one at a time: each must be caught by the checks that the other tests make.
+
+A bug is a change of source text, planted in a copy of the package that a fresh process imports. The process runs the
+checks below, which are those of test_parity, test_attention, test_softmax_xent and test_generation on small sizes, on
+the `reference` and `torch` backends; it must fail.
+"""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("transformers", reason="transformers is not installed to compare with")
+ROOT = Path(__file__).parent.parent
+
+# name: (file, text, what it becomes)
+BUGS = {
+    "attention scale 10 % off": ("fastlm/ops/attention.py", "D**-0.5", "1.1 * D**-0.5"),
+    "causal mask off by one": ("fastlm/reference.py", "[:, None] + (S - T if", "[:, None] + 1 + (S - T if"),
+    "mask top-left for bottom-right": ("fastlm/reference.py", "S - T if causal == 1 else 0", "0"),
+    "erf GELU for tanh": ("fastlm/gpt2.py", 'approximate="tanh"', 'approximate="none"'),
+    "layer norm epsilon": ("fastlm/gpt2.py", "eps=config.layer_norm_epsilon", "eps=1e-3"),
+    "missing bias": ("fastlm/gpt2.py", "torch.addmm(self.bias,", "torch.addmm(0 * self.bias,"),
+    "residual forgotten": ("fastlm/gpt2.py", "return x + self.mlp(self.ln_2(x))", "return self.mlp(self.ln_2(x))"),
+    "q and k exchanged": ("fastlm/reference.py", 'torch.einsum("bthd,bshd->bhts", q, k) * scale',
+                          'torch.einsum("bthd,bshd->bhts", k, q) * scale if q.shape == k.shape else '
+                          'torch.einsum("bthd,bshd->bhts", q, k) * scale'),
+    "final norm left out": ("fastlm/gpt2.py", "return self.transformer.ln_f(x)", "return x + 0 * self.transformer.ln_f(x)"),
+    "lost gradient of the tied head": ("fastlm/gpt2.py", "logits = self.lm_head(self.hidden(tokens, seed=seed))",
+                                       "logits = F.linear(self.hidden(tokens, seed=seed), "
+                                       "self.lm_head.weight.detach())"),
+    "ignored label counted": ("fastlm/ops/softmax_xent.py", "(y != ignore).sum()", "y.numel()"),
+    "labels shifted again": ("fastlm/gpt2.py", "targets.reshape(-1))", "targets.roll(-1, 1).reshape(-1))"),
+    "gradient of an ignored row": ("fastlm/reference.py", ".masked_fill(ignored[:, None], 0.0)", ""),
+    "loss gradient without -1": ("fastlm/reference.py", "(dx - (vocab == y[:, None]).to(dx.dtype))", "dx"),
+    "delta forgotten": ("fastlm/reference.py", "(dp - delta) * scale", "dp * scale"),
+    "scale forgotten backward": ("fastlm/reference.py", "(dp - delta) * scale", "(dp - delta)"),
+    "dropout scale": ("fastlm/reference.py", "256 / (256 - drop)", "1.0"),
+    "dropout mask of another head": ("fastlm/philox.py", "(seed[2] << 16) | h", "(seed[2] << 16) | 0 * h"),
+    "stale cache slot": ("fastlm/reference.py", "block_table[b, position // page]), position % page",
+                         "block_table[b, position // page]), max(position - 1, 0) % page"),
+    "page of another sequence": ("fastlm/reference.py", "int(block_table[b, position // page])",
+                                 "int(block_table[0, position // page])"),
+    "lengths without the new token": ("fastlm/generation/cache.py", "self._total = self.lengths + counts",
+                                      "self._total = self.lengths + counts - (0 if self._empty else 1)"),
+    "position of the pad": ("fastlm/generation/cache.py", "positions = self.lengths[:, None] + columns",
+                            "positions = self.lengths.max() + columns.expand(len(self.lengths), -1)"),
+    "transposed weight": ("fastlm/pretrained.py", "wanted[name].copy_(tensor)",
+                          "wanted[name].copy_(tensor.T if tensor.dim() == 2 and tensor.shape[0] == tensor.shape[1] "
+                          "else tensor)"),
+}
+
+CHECKS = """
+import sys
+sys.path[:0] = [{package!r}, {tests!r}]
+import importlib.abc
+sys.meta_path[:] = [finder for finder in sys.meta_path if "editable" not in type(finder).__module__.lower()
+                    and "ScikitBuild" not in type(finder).__name__]
+import torch, tempfile
+import fastlm, parity
+assert fastlm.__file__.startswith({package!r}), fastlm.__file__
+torch.set_num_threads(1)
+
+def hold(ours, eager, told):
+    for name, difference in parity.differences(ours, eager).items():
+        assert difference < 2e-5, (told, name, difference)
+
+for backend in ("reference", "torch"):
+    with fastlm.use(backend):
+        model = parity.make(vocab_size=61, n_positions=24, n_embd=24, n_layer=2, n_head=3)
+        theirs = parity.twin(model)
+        tokens, targets = parity.batch(model, 4, 20)
+        hold(parity.step(model, tokens, targets), parity.step(theirs, tokens, targets), backend)
+        folder = tempfile.mkdtemp()
+        model.save_pretrained(folder)
+        again = fastlm.GPT2.from_pretrained(folder)
+        assert all(torch.equal(a, b) for a, b in zip(again.parameters(), model.parameters())), "files"
+        prompts = [torch.arange(5, n + 5) for n in (1, 7, 3)]  # without 0, which transformers takes for a pad
+        for prompt, row in zip(prompts, model.eval().generate(prompts, max_new_tokens=12, temperature=0)):
+            wanted = theirs.eval().generate(prompt[None], max_new_tokens=12, do_sample=False, pad_token_id=0)[0]
+            assert row.tolist() == wanted.tolist(), "greedy tokens"
+
+from test_attention import check, operands
+from test_softmax_xent import check as check_loss, labels
+torch.manual_seed(0)
+with fastlm.use("reference"):
+    for T, S, causal in ((5, 5, True), (3, 8, True), (8, 3, True), (4, 7, "top-left")):
+        check("reference", *operands(2, T, S, 2, 8, torch.float32), causal)
+    check("reference", *operands(2, 20, 20, 2, 8, torch.float32), dropout=0.25)
+    check_loss(torch.randn(4, 37), labels(4, 37), "reference")
+    mask = fastlm.philox.keep_mask(torch.tensor([1, 2, 3, 4]), 1, 2, 8, 64, 100)
+    assert not torch.equal(mask[:, 0], mask[:, 1]), "heads share a mask"
+print("passed")
+"""
+
+
+def run_checks(package):
+    script = CHECKS.format(package=str(package), tests=str(ROOT / "tests"))
+    return subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=300, cwd=package
+    )
+
+
+def copy_package(to):
+    shutil.copytree(ROOT / "fastlm", to / "fastlm", ignore=shutil.ignore_patterns("__pycache__", "*.so"))
+    return to
+
+
+def test_nothing_planted(tmp_path):
+    done = run_checks(copy_package(tmp_path))
+    assert done.returncode == 0 and "passed" in done.stdout, done.stderr[-3000:]
+
+
+def plant(tmp_path, name):
+    file, text, wrong = BUGS[name]
+    path = copy_package(tmp_path) / file
+    source = path.read_text()
+    assert source.count(text) >= 1, f"{text!r} is no longer in {file}"
+    path.write_text(source.replace(text, wrong))
+    return run_checks(tmp_path)
+
+
+def test_a_planted_bug_is_caught(tmp_path):
+    done = plant(tmp_path, "attention scale 10 % off")
+    assert done.returncode and "AssertionError" in done.stderr, done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", BUGS)
+def test_every_planted_bug_is_caught(name, tmp_path, capsys):
+    done = plant(tmp_path, name)
+    assert done.returncode and "passed" not in done.stdout, f"{name}: nobody noticed"
+    assert "Error" in done.stderr.splitlines()[-1], done.stderr[-2000:]
+    with capsys.disabled():
+        print(f"\n{name}: {done.stderr.splitlines()[-1][:110]}", end=" ")
