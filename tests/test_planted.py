@@ -27,7 +27,8 @@ BUGS = {
     "q and k exchanged": ("fastlm/reference.py", 'torch.einsum("bthd,bshd->bhts", q, k) * scale',
                           'torch.einsum("bthd,bshd->bhts", k, q) * scale if q.shape == k.shape else '
                           'torch.einsum("bthd,bshd->bhts", q, k) * scale'),
-    "final norm left out": ("fastlm/gpt2.py", "return self.transformer.ln_f(x)", "return x + 0 * self.transformer.ln_f(x)"),
+    "final norm left out": ("fastlm/gpt2.py", "return self.transformer.ln_f(x)",
+                            "return x + 0 * self.transformer.ln_f(x)"),
     "lost gradient of the tied head": ("fastlm/gpt2.py", "logits = self.lm_head(self.hidden(tokens, seed=seed))",
                                        "logits = F.linear(self.hidden(tokens, seed=seed), "
                                        "self.lm_head.weight.detach())"),
