@@ -36,7 +36,7 @@ def batch(model, B, T, seed=0):
     """tokens and shifted targets (B, T); the second half of the rows is shorter, its targets ignored."""
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randint(model.config.vocab_size, (B, T + 1), generator=generator)
-    tokens, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+    tokens, targets = tokens[:, :-1].clone(), tokens[:, 1:].clone()
     for row in range(B // 2, B):
         targets[row, max(1, T // 2 + row - B) :] = -100
     return tokens, targets
