@@ -14,7 +14,7 @@ _HOMES = {
     "cache_append_": "fastlm.ops",
     "decode_attention": "fastlm.ops",
     "softmax_xent": "fastlm.ops",
-    "use": "fastlm.dispatch",
+    "use": "fastlm.ops",
     "GPT2": "fastlm.gpt2",
     "GPT2Config": "fastlm.gpt2",
     "Tokenizer": "fastlm.data.tokenizer",

@@ -125,8 +125,6 @@ class use:
     """
 
     def __init__(self, backend=None, /, **by_op):
-        import fastlm.ops  # noqa: F401  fills the table
-
         _read_environment()
         self._former = dict(_forced)
         _force(by_op if by_op and backend is None else {"*": backend, **by_op})
