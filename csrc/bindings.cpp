@@ -48,6 +48,9 @@ PYBIND11_MODULE(_C, m) {
   on_cuda.def("architectures", [] { return FASTLM_CUDA_ARCHITECTURES; });
   bind_cuda<DeviceGuard>(on_cuda, "softmax_xent_fwd", cuda::softmax_xent_fwd);
   bind_cuda<DeviceGuard>(on_cuda, "softmax_xent_bwd", cuda::softmax_xent_bwd);
+  bind_cuda<DeviceGuard>(on_cuda, "attention_fwd", cuda::attention_fwd);
+  bind_cuda<DeviceGuard>(on_cuda, "decode_attention", cuda::decode_attention);
+  bind_cuda<DeviceGuard>(on_cuda, "cache_append_", cuda::cache_append_);
 #endif
 }
 

@@ -96,10 +96,14 @@ struct AttentionBwd {
   DType dtype;
 };
 
+// Positions that one block of a GPU attends to: a constant, so that the order of the sums depends on nothing else.
+constexpr int64_t kDecodeSplit = 128;
+
 // Attention of the T newest tokens of each sequence over its pages: lengths[b] counts them too, and query t sees
 // the positions s <= lengths[b] - T + t. Position s of sequence b lies in page block_table[b, s / page], row s % page.
 struct DecodeAttention {
   void* o;                    // out (B, T, H, D), dtype, contiguous
+  float* scratch;             // (B, H, T, ceil(max_pages * page / kDecodeSplit), D + 2) on a GPU, null on the CPU
   const void* q;              // in  (B, T, H, D), dtype
   int64_t stride_qb, stride_qt, stride_qh;
   const void* k_pages;        // in  (pages, page, H, D), dtype
@@ -147,6 +151,9 @@ const char* isa();
 namespace cuda {
 void softmax_xent_fwd(const SoftmaxXentFwd& op, cudaStream_t stream);
 void softmax_xent_bwd(const SoftmaxXentBwd& op, cudaStream_t stream);
+void attention_fwd(const AttentionFwd& op, cudaStream_t stream);
+void decode_attention(const DecodeAttention& op, cudaStream_t stream);
+void cache_append_(const CacheAppend& op, cudaStream_t stream);
 }  // namespace cuda
 
 }  // namespace fastlm

@@ -57,7 +57,7 @@ template <>
 inline std::vector<Field<DecodeAttention>> fields_of() {
   using Op = DecodeAttention;
   return {
-      FIELD(o), FIELD(q), FIELD(stride_qb), FIELD(stride_qt), FIELD(stride_qh), FIELD(k_pages),
+      FIELD(o), FIELD(scratch), FIELD(q), FIELD(stride_qb), FIELD(stride_qt), FIELD(stride_qh), FIELD(k_pages),
       FIELD(stride_kp), FIELD(stride_ks), FIELD(stride_kh), FIELD(v_pages), FIELD(stride_vp),
       FIELD(stride_vs), FIELD(stride_vh), FIELD(block_table), FIELD(stride_tb), FIELD(lengths), FIELD(B),
       FIELD(T), FIELD(H), FIELD(D), FIELD(page), FIELD(max_pages), FIELD(scale), FIELD(dtype)

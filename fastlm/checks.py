@@ -45,7 +45,14 @@ def check_dtype(op, wanted, **tensors):
 
 def inner_contiguous(tensor):
     """The tensor, or a contiguous copy where neighbours along its last dimension are not neighbours in memory."""
-    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] <= 1 else tensor.contiguous()
+    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] <= 1 or not tensor.numel() else tensor.contiguous()
+
+
+def check_inner_contiguous(op, **tensors):
+    """Raises ValueError where neighbours along a tensor's last dimension are not neighbours in memory."""
+    for name, tensor in tensors.items():
+        if inner_contiguous(tensor) is not tensor:
+            raise ValueError(f"{op}: {name} has strides {tensor.stride()}, wanted 1 for its last dimension")
 
 
 def refuse_double_backward(op):

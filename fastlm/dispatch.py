@@ -71,15 +71,19 @@ def forced(family):
     """The backend that `use` or FASTLM_BACKEND forces for an op family, or None."""
     _read_environment()
     backend = _forced.get(family, _forced.get("*"))
-    has = {name for row in TABLE.values() if row.family == family for name in row.kernels}
-    return backend if backend in has else None
+    return backend if backend in _backends_of(family) else None
+
+
+def _backends_of(family):
+    """The backends that at least one of the family's torch ops has."""
+    return {name: None for row in TABLE.values() if row.family == family for name in row.kernels}
 
 
 def _resolve(row, *args):
     if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(f"{row.name} is first called under CUDA graph capture; run it once before capturing")
     backend = forced(row.family)
-    if backend is not None:
+    if backend in row.kernels:  # a backend may have a family's forward and leave its backward to others
         if (reason := why_not(row.name, backend, *args)) is not None:
             raise RuntimeError(f"{row.name} cannot run on backend {backend!r}: {reason}")
     else:
@@ -139,16 +143,16 @@ class use:
 
 
 def _force(wanted, said="use"):
-    kernels = {row.family: row.kernels for row in TABLE.values()}
+    families = {row.family for row in TABLE.values()}
     for op, name in wanted.items():
-        if op != "*" and op not in kernels:
-            raise ValueError(f"{said}: no op {op!r}; the ops are {', '.join(sorted(kernels))}")
+        if op != "*" and op not in families:
+            raise ValueError(f"{said}: no op {op!r}; the ops are {', '.join(sorted(families))}")
         if name is None:
             continue
         if name not in BACKENDS:
             raise ValueError(f"{said}: no backend {name!r}; the backends are {', '.join(BACKENDS)}")
-        if op != "*" and name not in kernels[op]:
-            raise ValueError(f"{said}: {op} has no {name} kernel; it has {', '.join(kernels[op])}")
+        if op != "*" and name not in _backends_of(op):
+            raise ValueError(f"{said}: {op} has no {name} kernel; it has {', '.join(_backends_of(op))}")
         if (reason := machine_why_not(name)) is not None:
             raise RuntimeError(f"{said}: backend {name!r} cannot run here: {reason}")
     for op, name in wanted.items():

@@ -10,6 +10,7 @@ try:
 except ImportError:  # the backend's why_not says what is missing
     _C = None
 
+_DECODE_SPLIT = 128  # csrc/fastlm.h, kDecodeSplit
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # csrc/fastlm.h, DType
 
 
@@ -24,11 +25,15 @@ def _seed(dropout, seed):
 
 
 class Launchers:
-    """The ops of one compiled library; `queue(device)` gives the arguments that say where a launch goes."""
+    """The ops of one compiled library; `queue(device)` gives the arguments that say where a launch goes.
 
-    def __init__(self, library, queue):
+    split_decoding: decode_attention cuts the positions into splits and needs scratch for their results.
+    """
+
+    def __init__(self, library, queue, *, split_decoding=False):
         self._library = library
         self._queue = queue
+        self._split_decoding = split_decoding
 
     def _run(self, op, tensor, **fields):
         getattr(self._library, op)(**self._queue(tensor.device), dtype=_DTYPES[tensor.dtype], **fields)
@@ -92,19 +97,21 @@ class Launchers:
     def decode_attention(self, q, k_pages, v_pages, block_table, lengths, scale):
         B, T, H, D = q.shape
         o = torch.empty(B, T, H, D, dtype=q.dtype, device=q.device)
-        block_table, lengths = inner(block_table), lengths.contiguous()
+        page, max_pages = k_pages.shape[1], block_table.shape[1]
+        splits = -(-max_pages * page // _DECODE_SPLIT) if self._split_decoding else 0
+        scratch = torch.empty(B, H, T, splits, D + 2, dtype=torch.float32, device=q.device)
         self._run(
-            "decode_attention", q, o=o.data_ptr(), q=q.data_ptr(), **_strides("qb qt qh", q),
-            k_pages=k_pages.data_ptr(), **_strides("kp ks kh", k_pages), v_pages=v_pages.data_ptr(),
-            **_strides("vp vs vh", v_pages), block_table=block_table.data_ptr(), stride_tb=block_table.stride(0),
-            lengths=lengths.data_ptr(), B=B, T=T, H=H, D=D, page=k_pages.shape[1], max_pages=block_table.shape[1],
-            scale=scale,
+            "decode_attention", q, o=o.data_ptr(), scratch=scratch.data_ptr(),
+            q=q.data_ptr(), **_strides("qb qt qh", q),
+            k_pages=k_pages.data_ptr(), **_strides("kp ks kh", k_pages),
+            v_pages=v_pages.data_ptr(), **_strides("vp vs vh", v_pages),
+            block_table=block_table.data_ptr(), stride_tb=block_table.stride(0), lengths=lengths.data_ptr(),
+            B=B, T=T, H=H, D=D, page=page, max_pages=max_pages, scale=scale,
         )
         return o
 
     def cache_append_(self, k_pages, v_pages, k, v, block_table, positions):
         B, T, H, D = k.shape
-        block_table, positions = inner(block_table), inner(positions)
         self._run(
             "cache_append_", k, k_pages=k_pages.data_ptr(), **_strides("kpp kps kph", k_pages),
             v_pages=v_pages.data_ptr(), **_strides("vpp vps vph", v_pages), k=k.data_ptr(),
@@ -115,11 +122,6 @@ class Launchers:
         )
 
 
-def inner(tensor):
-    """The tensor with its last dimension contiguous."""
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
-
-
 if _C is not None:
     cpu = Launchers(_C.cpu, lambda device: {"threads": torch.get_num_threads()})
     if hasattr(_C, "cuda"):
@@ -128,4 +130,5 @@ if _C is not None:
             lambda device: {
                 "device": device.index, "stream": torch.cuda.current_stream(device).cuda_stream
             },
+            split_decoding=True,
         )

@@ -1,5 +1,8 @@
 """What every test shares: the backends that can run here, NaN-poisoned allocations, and where the data lie."""
 
+import functools
+import importlib
+import importlib.util
 import os
 from pathlib import Path
 
@@ -18,6 +21,10 @@ import numerics  # noqa: E402
 from fastlm import backends, dispatch, native, ops  # noqa: E402, F401  ops fills the table
 
 DEVICE = "cuda" if GPU else "cpu"
+LAUNCHERS = [native]
+if importlib.util.find_spec("triton"):
+    names = {row.kernels["triton"] for row in dispatch.TABLE.values() if "triton" in row.kernels}
+    LAUNCHERS += [importlib.import_module(name) for name in sorted(names)]
 
 
 def pytest_collection_modifyitems(items):
@@ -39,15 +46,23 @@ def emulated():
     from emulation.build import emulated_module
 
     if "cuda-emulated" not in backends.BACKENDS:
-        native.emulated = native.Launchers(emulated_module().cuda, lambda device: {"device": 0, "stream": 0})
+        native.emulated = native.Launchers(
+            emulated_module().cuda, lambda device: {"device": 0, "stream": 0}, split_decoding=True
+        )
         backends.BACKENDS["cuda-emulated"] = (("cpu",), lambda: None)
         for row in dispatch.TABLE.values():
             if "cuda" in row.kernels:
                 row.kernels["cuda-emulated"] = "fastlm.native:emulated"
+                object.__setattr__(row, "limits", functools.partial(_cuda_limits, row.limits))
+
+
+def _cuda_limits(limits, backend, *args):
+    return limits(backend.removesuffix("-emulated"), *args)
 
 
 def pytest_generate_tests(metafunc):
-    if "backend" in metafunc.fixturenames and hasattr(metafunc.module, "FAMILY"):
+    chosen = any(marker.args[0] == "backend" for marker in metafunc.definition.iter_markers("parametrize"))
+    if "backend" in metafunc.fixturenames and hasattr(metafunc.module, "FAMILY") and not chosen:
         row = next(row for row in dispatch.TABLE.values() if row.family == metafunc.module.FAMILY)
         names = [name for name in ("reference", "torch", "cpu", "triton", "cuda") if name in row.kernels]
         if not GPU:
@@ -88,7 +103,8 @@ def poisoned(monkeypatch):
         def __getattr__(self, name):
             return getattr(torch, name)
 
-    monkeypatch.setattr(native, "torch", Torch())
+    for module in LAUNCHERS:
+        monkeypatch.setattr(module, "torch", Torch())
 
 
 @pytest.fixture(scope="session")

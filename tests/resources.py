@@ -21,27 +21,59 @@ REGISTERS, THREADS = 65536, {80: 2048, 90: 2048, 100: 2048, 120: 1536}  # a mult
 DTYPES = {"bf16": "*bf16", "fp16": "*fp16", "fp32": "*fp32"}
 
 
+def softmax_xent(capability):
+    from fastlm.kernels import softmax_xent as module
+
+    scalars = {"stride_xn": "i32", "stride_dxn": "i32", "V": "i32", "ignore": "i32"}
+    configs = {module._config(V, capability) for V in (1, 37, 2048, 2049, 16384, 16385, 50257, 300000)}
+    for dtype, (block, warps) in itertools.product(DTYPES, sorted(configs)):
+        types = {**scalars, "y_ptr": "*i64", **dict.fromkeys(("loss_ptr", "lse_ptr", "dloss_ptr"), "*fp32")}
+        for kernel in (module._softmax_xent_fwd_kernel, module._softmax_xent_bwd_kernel):
+            yield str(block), dtype, kernel, types, {"BLOCK_V": block}, {"num_warps": warps}
+
+
+def attention(capability):
+    from fastlm.kernels import attention as module
+
+    kernels = {"fwd": module._attention_fwd_kernel, "keys": module._attention_bwd_keys_kernel,
+               "queries": module._attention_bwd_queries_kernel}
+    statistics = {**dict.fromkeys(("lse_ptr", "delta_ptr"), "*fp32"), "seed_ptr": "*i64", "scale": "fp32"}
+    for dtype, D, described, drop in itertools.product(DTYPES, (64, 128), (False, True), (0, 26)):
+        if described and capability[0] not in (9, 10):
+            continue
+        for name, kernel in kernels.items():
+            size = 4 if dtype == "fp32" else 2
+            block_t, block_s, warps, stages = module._config(name, D, size, drop > 0, described, capability)
+            constants = {"D": D, "CAUSAL": True, "DROP": drop, "DESCRIBED": described, "BLOCK_T": block_t,
+                         "BLOCK_S": block_s, "BLOCK_D": D}
+            label = f"D={D} {block_t}x{block_s}{' tma' * described}{' drop' * (drop > 0)}"
+            yield label, dtype, kernel, statistics, constants, {"num_warps": warps, "num_stages": stages}
+    for dtype, D in itertools.product(DTYPES, (64, 128)):
+        constants = {"D": D, "BLOCK_T": 64, "BLOCK_D": D}
+        yield f"D={D}", dtype, module._attention_delta_kernel, statistics, constants, {}
+
+
 def variants(capability):
-    """(name, dtype, kernel, argument types, constants, warps) of every kernel × dtype × configuration."""
-    from fastlm.kernels import softmax_xent
+    """(label, dtype, kernel, argument types, constants, options) of every kernel × dtype × configuration.
 
-    sizes = {"stride_xn": "i32", "stride_dxn": "i32", "V": "i32", "ignore": "i32"}
-    configs = {softmax_xent._config(V, capability) for V in (1, 37, 2048, 2049, 16384, 16385, 50257, 300000)}
-    for (dtype, pointer), (block, warps) in itertools.product(DTYPES.items(), sorted(configs)):
-        tensors = {"x_ptr": pointer, "dx_ptr": pointer, "y_ptr": "*i64"}
-        tensors |= dict.fromkeys(("loss_ptr", "lse_ptr", "dloss_ptr"), "*fp32")
-        for kernel in (softmax_xent._softmax_xent_fwd_kernel, softmax_xent._softmax_xent_bwd_kernel):
-            name = f"{kernel.fn.__name__.strip('_').removesuffix('_kernel')} {block}"
-            yield name, dtype, kernel, {**sizes, **tensors}, {"BLOCK_V": block}, warps
+    Pointers that are not typed have the dtype, numbers that are not typed are i32.
+    """
+    for op in (softmax_xent, attention):
+        yield from op(capability)
 
 
-def compile_variant(kernel, types, constants, warps, capability):
+def compile_variant(dtype, kernel, types, constants, options, capability):
     """The compiled kernel, pointers and strides multiples of 16 as a launch finds them for padded rows."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
+    def kind(name):
+        if name in constants:
+            return "constexpr"
+        return types.get(name, DTYPES[dtype] if name.endswith("_ptr") else "i32")
+
+    signature = {name: kind(name) for name in kernel.arg_names}
     index = {name: (position,) for position, name in enumerate(kernel.arg_names)}
     source = ASTSource(
         fn=kernel,
@@ -50,7 +82,7 @@ def compile_variant(kernel, types, constants, warps, capability):
         attrs={index[name]: [["tt.divisibility", 16]] for name, kind in signature.items()
                if kind[0] == "*" or name.startswith("stride")},
     )
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 
 def read_resources(compiled, capability):
@@ -83,7 +115,10 @@ def read_resources(compiled, capability):
 
 
 def narrow_rows(ttir):
-    """Products in 32 bits that a pointer's offset is made of: row · stride overflows beyond 2^31 elements."""
+    """Products in 32 bits that a pointer's offset is made of: row · stride overflows beyond 2^31 elements.
+
+    A product with a constant is the row where a tile begins, no offset yet.
+    """
     defined = dict(re.findall(r"^\s*(%\S+) = (.*)$", ttir, re.MULTILINE))
     found = set()
 
@@ -92,9 +127,11 @@ def narrow_rows(ttir):
         if name in seen or not text:
             return
         seen.add(name)
-        if "arith.muli" in text and re.search(r": (?:tensor<\S*x)?i32\b", text):
+        operands = re.findall(r"%[\w#]+", text)
+        constant = any(operand.startswith("%c") for operand in operands)
+        if "arith.muli" in text and re.search(r": (?:tensor<\S*x)?i32\b", text) and not constant:
             found.add(name)
-        for operand in re.findall(r"%[\w#]+", text):
+        for operand in operands:
             walk(operand, seen)
 
     for text in defined.values():
@@ -105,10 +142,11 @@ def narrow_rows(ttir):
 
 def report(architectures=ARCHITECTURES):
     """A row for every kernel × dtype × configuration × architecture."""
-    for capability in architectures:
-        for name, dtype, kernel, types, constants, warps in variants((capability // 10, capability % 10)):
-            compiled = compile_variant(kernel, types, constants, warps, capability)
-            yield {"kernel": name, "dtype": dtype, "sm": capability, **read_resources(compiled, capability)}
+    for sm in architectures:
+        for label, dtype, kernel, types, constants, options in variants((sm // 10, sm % 10)):
+            compiled = compile_variant(dtype, kernel, types, constants, options, sm)
+            name = kernel.fn.__name__.strip("_").removesuffix("_kernel")
+            yield {"kernel": f"{name} {label}", "dtype": dtype, "sm": sm, **read_resources(compiled, sm)}
 
 
 def report_elsewhere(architectures):
@@ -127,6 +165,6 @@ if __name__ == "__main__":
     if "--json" in sys.argv:
         print(json.dumps(rows))
     else:
-        print("  ".join(f"{key:>12}" for key in rows[0]))
-        for row in rows:
-            print("  ".join(f"{value:>12}" for value in row.values()))
+        width = max(len(row["kernel"]) for row in rows)
+        for row in [dict(zip(rows[0], rows[0])), *rows]:
+            print(f"{row['kernel']:{width}}", *(f"{value:>11}" for value in list(row.values())[1:]))

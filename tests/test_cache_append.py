@@ -4,6 +4,7 @@ import numerics
 import pytest
 import torch
 from conftest import DEVICE
+from guard import guarded
 
 import fastlm
 
@@ -54,6 +55,19 @@ def test_zero_size(backend, batch, length):
     assert k_pages.isnan().all() and v_pages.isnan().all()
 
 
+@pytest.mark.parametrize("front", [False, True], ids=["end", "front"])
+def test_guard_pages(backend, front):
+    if DEVICE != "cpu":
+        pytest.skip("guard pages lie in the memory of the CPU; on a GPU compute-sanitizer does this")
+    for head in (1, 24, 65):
+        k_pages, v_pages = (guarded(torch.zeros(2, PAGE, H, head), front=front) for _ in range(2))
+        k, v = (guarded(torch.ones(1, 2, H, head), front=front) for _ in range(2))
+        table = guarded(torch.tensor([[0, 1]], dtype=torch.int32), front=front)
+        where = guarded(torch.tensor([[0, 2 * PAGE - 1]], dtype=torch.int32), front=front)
+        fastlm.cache_append_(k_pages, v_pages, k, v, table, where)
+        assert k_pages.sum() == v_pages.sum() == 2 * H * head
+
+
 def arguments(**changes):
     given = {
         "k_pages": torch.zeros(PAGES, PAGE, H, D), "v_pages": torch.zeros(PAGES, PAGE, H, D),
@@ -68,6 +82,7 @@ def arguments(**changes):
     "changes, error, told",
     [
         ({"k": torch.ones(B, T, H, D + 1)}, ValueError, "k has D=25, but k_pages has D=24"),
+        ({"v_pages": torch.zeros(PAGES, PAGE, D, H).transpose(2, 3)}, ValueError, "v_pages has strides"),
         ({"v": torch.ones(B, T, H, D).half()}, TypeError, "v is torch.float16, but k_pages is torch.float32"),
         ({"positions": torch.arange(T).expand(B, T)}, TypeError, "positions is torch.int64, wanted int32"),
         ({"positions": torch.full((B, T), 8, dtype=torch.int32)}, ValueError, "position 8, wanted < 8"),

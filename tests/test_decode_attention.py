@@ -4,24 +4,27 @@ import numerics
 import pytest
 import torch
 from conftest import DEVICE
+from guard import guarded
 from test_attention import plain
 
 import fastlm
+from fastlm import dispatch
 
 FAMILY = "decode_attention"
 B, H, PAGE, MAX_PAGES = 4, 3, 16, 5
 
 
-def make(T, D, dtype, lengths, layout="plain"):
+def make(T, D, dtype, lengths, layout="plain", max_pages=MAX_PAGES):
     """q, pages (NaN where nothing was written), table, lengths, and every sequence's own k, v."""
-    pages = B * MAX_PAGES + 2
+    B = len(lengths)
+    pages = B * max_pages + 2
     shape = (pages, H, PAGE, D) if layout == "heads first" else (pages, PAGE, H, D)
     k_pages, v_pages = (torch.full(shape, float("nan"), dtype=dtype) for _ in range(2))
     if layout == "heads first":
         k_pages, v_pages = k_pages.transpose(1, 2), v_pages.transpose(1, 2)
-    table = torch.randperm(pages, generator=torch.Generator().manual_seed(0))[: B * MAX_PAGES].view(B, MAX_PAGES).int()
+    table = torch.randperm(pages, generator=torch.Generator().manual_seed(0))[: B * max_pages].view(B, max_pages).int()
     q = numerics.inputs("normal", (B, T, H, D + 1), dtype)[..., 1:]
-    k, v = (numerics.inputs("normal", (B, MAX_PAGES * PAGE, H, D), dtype, seed) for seed in (1, 2))
+    k, v = (numerics.inputs("normal", (B, max_pages * PAGE, H, D), dtype, seed) for seed in (1, 2))
     for b, length in enumerate(lengths):
         for s in range(length):
             k_pages[table[b, s // PAGE], s % PAGE] = k[b, s]
@@ -42,10 +45,59 @@ def test_unequal_lengths_and_shuffled_pages(backend, T, layout, dtype):
         numerics.close("decode_attention o", backend, o[b : b + 1], composed, truth)
 
 
+@pytest.mark.parametrize("dtype", numerics.DTYPES, ids=str)
+@pytest.mark.parametrize("T", [1, 8, 19])
+def test_long_sequences(backend, T, dtype):
+    """Lengths around the borders at which kernels split them."""
+    lengths = (127, 128, 129, 400)
+    q, k_pages, v_pages, table, counts, k, v = make(T, 32, dtype, lengths, max_pages=26)
+    o = fastlm.decode_attention(*(tensor.to(DEVICE) for tensor in (q, k_pages, v_pages, table, counts))).cpu()
+    for b, length in enumerate(lengths):
+        own = q[b : b + 1], k[b : b + 1, :length], v[b : b + 1, :length], torch.zeros(1, T, H, 32, dtype=dtype)
+        composed, truth = plain(*own, True)[0], plain(*(tensor.double() for tensor in own), True)[0]
+        numerics.close("decode_attention o", backend, o[b : b + 1], composed, truth)
+
+
+def test_bits_do_not_depend_on_the_batch(backend):
+    if backend in ("reference", "torch"):
+        pytest.skip("PyTorch's products may sum in another order for another batch")
+    q, k_pages, v_pages, table, counts, _, _ = make(1, 64, torch.float32, (300, 5, 129, 256), max_pages=20)
+    given = [tensor.to(DEVICE) for tensor in (q, table, counts)]
+    k_pages, v_pages = k_pages.to(DEVICE), v_pages.to(DEVICE)
+    whole = fastlm.decode_attention(given[0], k_pages, v_pages, *given[1:])
+    for b in range(4):
+        q, table, counts = (tensor[b : b + 1] for tensor in given)
+        assert torch.equal(fastlm.decode_attention(q, k_pages, v_pages, table, counts), whole[b : b + 1])
+        used = -(-int(counts) // PAGE)  # a table that ends with the sequence changes nothing
+        assert torch.equal(fastlm.decode_attention(q, k_pages, v_pages, table[:, :used], counts), whole[b : b + 1])
+
+
+@pytest.mark.parametrize("front", [False, True], ids=["end", "front"])
+@pytest.mark.parametrize("D", [1, 17, 64])
+@pytest.mark.parametrize("dtype", numerics.DTYPES, ids=str)
+def test_guard_pages(backend, D, front, dtype):
+    """The first sequence ends with the last page's last row, or begins with the first page's first."""
+    if DEVICE != "cpu":
+        pytest.skip("guard pages lie in the memory of the CPU; on a GPU compute-sanitizer does this")
+    pages = torch.arange(6).flip(0) if not front else torch.arange(6)
+    table = guarded(pages.view(2, 3).int(), front=front)
+    counts = guarded(torch.tensor([48, 16], dtype=torch.int32), front=front)
+    q, k_pages, v_pages = (
+        guarded(numerics.inputs("normal", shape, dtype), front=front)
+        for shape in ((2, 3, H, D), (6, PAGE, H, D), (6, PAGE, H, D))
+    )
+    assert fastlm.decode_attention(q, k_pages, v_pages, table, counts).isfinite().all()
+
+
 @pytest.mark.parametrize("D", [1, 8, 17, 80, 128, 256])
 def test_head_dimensions(backend, D):
     q, k_pages, v_pages, table, counts, k, v = make(1, D, torch.float32, (5, 1, 20, 64))
-    given = (tensor.to(DEVICE) for tensor in (q, k_pages, v_pages, table, counts))
+    given = [tensor.to(DEVICE) for tensor in (q, k_pages, v_pages, table, counts)]
+    if (reason := dispatch.why_not("decode_attention", backend, *given, 0.2)) is not None:
+        assert D > 128
+        with pytest.raises(RuntimeError, match=reason):
+            fastlm.decode_attention(*given, scale=0.2)
+        return
     o = fastlm.decode_attention(*given, scale=0.2).cpu()
     for b, length in enumerate(counts.tolist()):
         own = q[b : b + 1], k[b : b + 1, :length], v[b : b + 1, :length], torch.zeros(1, 1, H, D)
@@ -79,6 +131,7 @@ def test_zero_size(backend, batch, T):
         ({"lengths": torch.full((B,), 3)}, TypeError, "lengths is torch.int64, wanted int32"),
         ({"block_table": torch.full((B, MAX_PAGES), 22, dtype=torch.int32)}, ValueError, r"block_table\[0, 0\] is 22"),
         ({"q": torch.zeros(B, 1, H, 9)}, ValueError, "k_pages has D=8, but q has D=9"),
+        ({"k_pages": torch.zeros(22, PAGE, 8, H).transpose(2, 3)}, ValueError, "k_pages has strides"),
         ({"k_pages": torch.zeros(22, PAGE, H, 8).half()}, TypeError, "k_pages is torch.float16"),
     ],
 )

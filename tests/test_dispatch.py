@@ -40,13 +40,23 @@ def test_a_forced_backend_serves_every_op_that_has_it():
     [
         (("opencl",), "no backend 'opencl'; the backends are cuda, triton, cpu"),
         ({"matmul": "cpu"}, "no op 'matmul'; the ops are attention"),
-        ({"cache_append": "triton"}, "cache_append has no triton kernel; it has"),
+        ({"cache_append": "triton"}, "cache_append has no triton kernel; it has cuda, cpu, torch, reference"),
     ],
 )
-def test_unknown_names(arguments, told):
+def test_unknown_names(arguments, told, monkeypatch):
+    monkeypatch.delitem(dispatch.TABLE["cache_append_"].kernels, "triton")
     with pytest.raises(ValueError, match=told):
         fastlm.use(**arguments) if isinstance(arguments, dict) else fastlm.use(*arguments)
     assert dispatch.forced("attention") is None
+
+
+def test_a_backend_without_a_backward_leaves_it_to_others(emulated):
+    """The cuda attention has a forward alone."""
+    q = torch.randn(1, 5, 2, 16, dtype=torch.bfloat16, requires_grad=True)
+    with fastlm.use(attention="cuda-emulated"), dispatch.record() as calls:
+        fastlm.attention(q, q, q).sum().backward()
+    assert calls["attention_fwd", "cuda-emulated"] == 1
+    assert [backend for (op, backend) in calls if op == "attention_bwd"] != ["cuda-emulated"] and len(calls) == 2
 
 
 def test_a_forced_backend_that_cannot_take_the_call_says_why():

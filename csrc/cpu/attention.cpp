@@ -124,7 +124,11 @@ void softmax_tile(ForwardTile& tile, int64_t rows, const int64_t* ends, int64_t 
 
 void drop_tile(float* weights, const DropoutMask& mask, int64_t rows, int64_t t0, int64_t j0) {
   for (int64_t r = 0; r < rows; r++)
-    for (int64_t j = 0; j < kTile; j += 16) mask.apply(weights + r * kTile + j, t0 + r, j0 + j);
+    for (int64_t j = 0; j < kTile; j += 16) {
+      const PhiloxWords bytes = mask.bytes(t0 + r, j0 + j);
+      float* kept = weights + r * kTile + j;
+      for (int i = 0; i < 16; i++) kept[i] = mask.keeps(bytes, i) ? kept[i] * mask.scale() : 0.0f;
+    }
 }
 
 // How many runs the tiles of one head are cut into, so that every thread finds work.

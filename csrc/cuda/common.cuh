@@ -7,7 +7,7 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
-#define FASTLM_SHARED(type, name, count) __shared__ type name[count]
+#define FASTLM_SHARED(type, name, count) __shared__ __align__(16) type name[count]
 #define FASTLM_LAUNCH(kernel, grid, block, stream, ...) kernel<<<grid, block, 0, stream>>>(__VA_ARGS__)
 #endif
 

@@ -5,13 +5,16 @@ import torch
 from fastlm.checks import check, check_dtype, inner_contiguous, refuse_double_backward
 from fastlm.dispatch import define
 
-KERNELS = {
+BACKWARD = {
+    "triton": "fastlm.kernels.attention",
     "cpu": "fastlm.native:cpu",
     "torch": "fastlm.vendor",
     "reference": "fastlm.reference",
 }
-ORDER = {"cpu": ("cpu", "torch", "reference"), "cuda": ("torch", "reference")}
+KERNELS = {"cuda": "fastlm.native:cuda", **BACKWARD}  # of the forward; the backward of `cuda` is another backend's
+ORDER = {"cpu": ("cpu", "torch", "reference"), "cuda": ("torch", "triton", "cuda", "reference")}
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+LARGEST_D = {"cuda": 128, "triton": 128, "cpu": 256}
 CAUSAL = {False: 0, True: 1, "top-left": 2}
 
 
@@ -114,13 +117,15 @@ def _qkv_bwd_key(do, qkv, o, lse, causal, scale, dropout, seed):
 
 
 def _limits(backend, q, *rest):
-    dropout = rest[-2]
-    if backend == "cpu" and q.dtype not in KERNEL_DTYPES:
+    dropout, D = rest[-2], q.shape[-1]
+    if backend in LARGEST_D and q.dtype not in KERNEL_DTYPES:
         return f"the {backend} kernel takes float32, bfloat16 or float16, got {q.dtype}"
-    if backend == "cpu" and q.shape[-1] > 256:
-        return f"the {backend} kernel takes head dimensions up to 256, got D={q.shape[-1]}"
+    if backend == "cuda" and q.dtype == torch.float32:
+        return "the cuda kernel works on the tensor cores, in bfloat16 or float16, got torch.float32"
+    if D > LARGEST_D.get(backend, D):
+        return f"the {backend} kernel takes head dimensions up to {LARGEST_D[backend]}, got D={D}"
     if backend == "torch" and dropout:
-        return "torch's attention draws its own dropout mask and cannot repeat fastlm's: use cpu or reference"
+        return "torch's attention draws its own dropout mask and cannot repeat fastlm's: use another backend"
     return None
 
 
@@ -145,22 +150,23 @@ def _qkv_bwd_fake(do, qkv, o, lse, causal, scale, dropout, seed):
     return qkv.new_empty(qkv.shape)
 
 
-_ROW = {"kernels": KERNELS, "order": ORDER}
+_FORWARD = {"family": "attention", "kernels": KERNELS, "order": ORDER}
+_BACKWARD = {"family": "attention", "kernels": BACKWARD, "order": ORDER}
 _OPTIONS = "int causal, float scale, float dropout, Tensor? seed"
 _fwd = define(
     f"attention_fwd(Tensor q, Tensor k, Tensor v, {_OPTIONS}) -> (Tensor o, Tensor lse)",
-    **_ROW, family="attention", key=_key, limits=_limits, fake=_fwd_fake,
+    **_FORWARD, key=_key, limits=_limits, fake=_fwd_fake,
 )
 _bwd = define(
     f"attention_bwd(Tensor do, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, {_OPTIONS})"
     " -> (Tensor dq, Tensor dk, Tensor dv)",
-    **_ROW, family="attention", key=_bwd_key, limits=_bwd_limits, fake=_bwd_fake,
+    **_BACKWARD, key=_bwd_key, limits=_bwd_limits, fake=_bwd_fake,
 )
 _qkv_fwd = define(
     f"attention_qkv_fwd(Tensor qkv, {_OPTIONS}) -> (Tensor o, Tensor lse)",
-    **_ROW, family="attention", key=_qkv_key, limits=_limits, fake=_qkv_fwd_fake,
+    **_FORWARD, key=_qkv_key, limits=_limits, fake=_qkv_fwd_fake,
 )
 _qkv_bwd = define(
     f"attention_qkv_bwd(Tensor do, Tensor qkv, Tensor o, Tensor lse, {_OPTIONS}) -> Tensor dqkv",
-    **_ROW, family="attention", key=_qkv_bwd_key, limits=_bwd_limits, fake=_qkv_bwd_fake,
+    **_BACKWARD, key=_qkv_bwd_key, limits=_bwd_limits, fake=_qkv_bwd_fake,
 )

@@ -2,15 +2,17 @@
 
 import torch
 
-from fastlm.checks import check, check_dtype, inner_contiguous
+from fastlm.checks import check, check_dtype, check_inner_contiguous, inner_contiguous
 from fastlm.dispatch import define
 
 KERNELS = {
+    "cuda": "fastlm.native:cuda",
+    "triton": "fastlm.kernels.cache_append",
     "cpu": "fastlm.native:cpu",
     "torch": "fastlm.vendor",
     "reference": "fastlm.reference",
 }
-ORDER = {"cpu": ("cpu", "torch", "reference"), "cuda": ("torch", "reference")}
+ORDER = {"cpu": ("cpu", "torch", "reference"), "cuda": ("torch", "triton", "cuda", "reference")}
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -28,11 +30,15 @@ def cache_append_(k_pages, v_pages, k, v, block_table, positions):
     )
     check_dtype("cache_append_", (*KERNEL_DTYPES, torch.float64), k_pages=k_pages, v_pages=v_pages, k=k, v=v)
     check_dtype("cache_append_", (torch.int32,), block_table=block_table, positions=positions)
+    check_inner_contiguous("cache_append_", k_pages=k_pages, v_pages=v_pages)
     if positions.device.type == "cpu" and positions.numel() and not torch.compiler.is_compiling():
         if int(positions.min()) < -1:
             raise ValueError(f"cache_append_: positions reach down to {int(positions.min())}, wanted ≥ -1")
         _check_written(block_table, positions, sizes)
-    _append(k_pages, v_pages, inner_contiguous(k), inner_contiguous(v), block_table, positions)
+    _append(
+        k_pages, v_pages, inner_contiguous(k), inner_contiguous(v), inner_contiguous(block_table),
+        inner_contiguous(positions),
+    )
 
 
 def _check_written(block_table, positions, sizes):
@@ -59,7 +65,7 @@ def _key(k_pages, *_):
 
 
 def _limits(backend, k_pages, *_):
-    if backend == "cpu" and k_pages.dtype not in KERNEL_DTYPES:
+    if backend in ("cuda", "triton", "cpu") and k_pages.dtype not in KERNEL_DTYPES:
         return f"the {backend} kernel takes float32, bfloat16 or float16, got {k_pages.dtype}"
     return None
 

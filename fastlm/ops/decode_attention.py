@@ -2,15 +2,18 @@
 
 import torch
 
-from fastlm.checks import check, check_dtype, inner_contiguous
+from fastlm.checks import check, check_dtype, check_inner_contiguous, inner_contiguous
 from fastlm.dispatch import define
 
 KERNELS = {
+    "cuda": "fastlm.native:cuda",
+    "triton": "fastlm.kernels.decode_attention",
     "cpu": "fastlm.native:cpu",
     "torch": "fastlm.vendor",
     "reference": "fastlm.reference",
 }
-ORDER = {"cpu": ("cpu", "torch", "reference"), "cuda": ("torch", "reference")}
+ORDER = {"cpu": ("cpu", "torch", "reference"), "cuda": ("torch", "triton", "cuda", "reference")}
+LARGEST_D = {"cuda": 128, "triton": 128, "cpu": 256}
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -30,10 +33,13 @@ def decode_attention(q, k_pages, v_pages, block_table, lengths, *, scale=None):
     )
     check_dtype("decode_attention", (*KERNEL_DTYPES, torch.float64), q=q, k_pages=k_pages, v_pages=v_pages)
     check_dtype("decode_attention", (torch.int32,), block_table=block_table, lengths=lengths)
+    check_inner_contiguous("decode_attention", k_pages=k_pages, v_pages=v_pages)
     if lengths.device.type == "cpu" and not torch.compiler.is_compiling():
         check_pages("decode_attention", block_table, lengths, sizes["P"], sizes["page"])
     scale = sizes["D"] ** -0.5 if scale is None else float(scale)
-    return _decode(inner_contiguous(q), k_pages, v_pages, block_table, lengths, scale)
+    return _decode(
+        inner_contiguous(q), k_pages, v_pages, inner_contiguous(block_table), lengths.contiguous(), scale
+    )
 
 
 def check_pages(op, block_table, lengths, pages, page):
@@ -56,10 +62,11 @@ def _key(q, *_):
 
 
 def _limits(backend, q, *_):
-    if backend == "cpu" and q.dtype not in KERNEL_DTYPES:
+    D = q.shape[-1]
+    if backend in LARGEST_D and q.dtype not in KERNEL_DTYPES:
         return f"the {backend} kernel takes float32, bfloat16 or float16, got {q.dtype}"
-    if backend == "cpu" and q.shape[-1] > 256:
-        return f"the {backend} kernel takes head dimensions up to 256, got D={q.shape[-1]}"
+    if D > LARGEST_D.get(backend, D):
+        return f"the {backend} kernel takes head dimensions up to {LARGEST_D[backend]}, got D={D}"
     return None
 
 

@@ -61,6 +61,8 @@ constexpr int kWarp = 32;
 
 enum class State { ready, at_warp_barrier, at_block_barrier, done };
 
+struct Copy { void* to; const void* from; };
+
 struct Fiber {
   void* stack_pointer;
   char* stack;
@@ -70,10 +72,11 @@ struct Fiber {
   unsigned mask;     // lanes that the warp barrier waits for
   int turn;          // which of a warp's two exchange slots is next
   void* fake_stack;  // AddressSanitizer's
+  std::vector<Copy> copies;  // asynchronous ones that nobody has waited for
 };
 
 // What the lanes of a warp hand each other; two turns, so that a fast lane cannot overwrite what a slow one reads.
-struct Exchange { unsigned char value[2][kWarp][16]; };
+struct Exchange { unsigned char value[2][kWarp][32]; };
 
 struct Block {
   std::vector<Fiber> fibers;
@@ -162,7 +165,7 @@ inline void prepare(Block& block, int threads) {
     *--top = reinterpret_cast<void*>(&fiber_main);
     for (int saved = 0; saved < 6; saved++) *--top = nullptr;
     const uint3 index = {u % block.block.x, u / block.block.x % block.block.y, u / block.block.x / block.block.y};
-    block.fibers[i] = {top, stack, index, i % kWarp, i / kWarp, State::ready, 0, 0, nullptr};
+    block.fibers[i] = {top, stack, index, i % kWarp, i / kWarp, State::ready, 0, 0, nullptr, {}};
   }
   for (const SharedRegion& region : shared_regions()) std::memset(region.p, 0xff, region.size);
 }
@@ -231,17 +234,29 @@ inline void warp_barrier(unsigned mask) {
   to_scheduler();
 }
 
+// Shows a value to the warp; what its other lanes show is read by `shown`, until this lane shows again twice.
 template <class T>
-T exchange(unsigned mask, T value, int source) {
-  static_assert(sizeof(T) <= 16);
+auto& show(unsigned mask, const T& value) {
+  static_assert(sizeof(T) <= 32);
   Fiber* fiber = running->current;
   auto& slot = running->exchanges[fiber->warp].value[fiber->turn];
   fiber->turn ^= 1;
   std::memcpy(slot[fiber->lane], &value, sizeof(T));
   warp_barrier(mask);
-  T other = value;
-  if (mask >> (source & 31) & 1) std::memcpy(&other, slot[source & 31], sizeof(T));
+  return slot;
+}
+
+template <class T>
+T shown(const unsigned char* value) {
+  T other;
+  std::memcpy(&other, value, sizeof(T));
   return other;
+}
+
+template <class T>
+T exchange(unsigned mask, T value, int source) {
+  const auto& slot = show(mask, value);
+  return mask >> (source & 31) & 1 ? shown<T>(slot[source & 31]) : value;
 }
 
 template <class Body>
@@ -262,7 +277,7 @@ void launch(dim3 grid, dim3 threads, Body&& body) {
 // A __shared__ variable: static, and announced once.
 template <class T>
 struct Shared {
-  T value;
+  alignas(16) T value;
   Shared() { shared_regions().push_back({&value, sizeof(T)}); std::memset(&value, 0xff, sizeof(T)); }
 };
 

@@ -42,6 +42,11 @@ inline __nv_bfloat16 __float2bfloat16(float x) {  // to nearest even
 inline float __half2float(__half x) { return float(x.value); }
 inline __half __float2half(float x) { return {_Float16(x)}; }
 
+struct __nv_bfloat162 { __nv_bfloat16 x, y; };
+struct __half2 { __half x, y; };
+inline __nv_bfloat162 __floats2bfloat162_rn(float x, float y) { return {__float2bfloat16(x), __float2bfloat16(y)}; }
+inline __half2 __floats2half2_rn(float x, float y) { return {__float2half(x), __float2half(y)}; }
+
 template <class T>
 T min(T a, T b) { return b < a ? b : a; }
 template <class T>
