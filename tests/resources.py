@@ -1,6 +1,6 @@
 """Compiles the Triton kernels for GPUs that are not here, and reads from the result what each will use.
 
-    python tests/resources.py [80 90 100 120]          a table; with --json a list of rows
+    python tests/resources.py [80 90 100 120] [bf16 fp16 fp32]          a table; with --json a list of rows
 
 Every kernel is compiled with every configuration its launcher can choose. Registers, spills and shared memory come from
 the cubin, by the cuobjdump and nvdisasm in Triton's own package. Runs in a process of its own, uninterpreted.
@@ -8,6 +8,7 @@ the cubin, by the cuobjdump and nvdisasm in Triton's own package. Runs in a proc
 
 import itertools
 import json
+import multiprocessing
 import os
 import re
 import subprocess
@@ -53,13 +54,51 @@ def attention(capability):
         yield f"D={D}", dtype, module._attention_delta_kernel, statistics, constants, {}
 
 
+def decode_attention(capability):
+    from fastlm.kernels import decode_attention as module
+
+    partial = dict.fromkeys(("o_ptr", "m_ptr", "l_ptr"), "*fp32")
+    types = {**partial, "table_ptr": "*i32", "lengths_ptr": "*i32", "scale": "fp32"}
+    for dtype, D in itertools.product(DTYPES, (64, 128)):
+        block_s, warps = module._config(4 if dtype == "fp32" else 2, capability)
+        constants = {"D": D, "BLOCK_T": 16, "BLOCK_S": block_s, "BLOCK_D": D}
+        options = {"num_warps": warps}
+        yield f"D={D}", dtype, module._decode_attention_split_kernel, types, constants, options
+        constants = {"D": D, "BLOCK_D": D}
+        yield f"D={D}", dtype, module._decode_attention_merge_kernel, types, constants, {"num_warps": 1}
+
+
+def cache_append(capability):
+    from fastlm.kernels import cache_append as module
+
+    for dtype in DTYPES:
+        types = {"table_ptr": "*i32", "positions_ptr": "*i32"}
+        yield "D=64", dtype, module._cache_append_kernel, types, {"D": 64, "BLOCK": 1024}, {}
+
+
 def variants(capability):
     """(label, dtype, kernel, argument types, constants, options) of every kernel × dtype × configuration.
 
     Pointers that are not typed have the dtype, numbers that are not typed are i32.
     """
-    for op in (softmax_xent, attention):
+    for op in (softmax_xent, attention, decode_attention, cache_append):
         yield from op(capability)
+
+
+# What bounds each kernel at GPT-2's shapes (D = 64, T = 1024, causal), by the bytes it must move and what it computes.
+# An H200 copies 4.3 TB/s, multiplies 780 TFLOP/s in bf16 and takes 16 exponentials a clock and multiprocessor.
+LIMITS = {
+    "softmax_xent_fwd": "bandwidth: 2 N V bytes read; N = 32k, V = 50257: 3.3 GB, 0.77 ms",
+    "softmax_xent_bwd": "bandwidth: 4 N V bytes read and written; N = 32k, V = 50257: 6.6 GB, 1.5 ms",
+    "attention_fwd": "tensor cores and exponentials alike: 2 T T D FLOPs and T T / 2 exponentials a head; "
+                     "B H = 768: 0.13 and 0.11 ms",
+    "attention_delta": "bandwidth: 4 T D bytes a head; B H = 768: 0.2 GB, 0.05 ms",
+    "attention_bwd_keys": "tensor cores: 4 T T D FLOPs a head; B H = 768: 0.26 ms",
+    "attention_bwd_queries": "tensor cores: 3 T T D FLOPs a head; B H = 768: 0.20 ms",
+    "decode_attention_split": "bandwidth: 4 S D bytes a head; B H = 768, S = 1024: 0.2 GB, 0.05 ms",
+    "decode_attention_merge": "launch: 4 (D + 2) S / 128 bytes a head, 3 % of the split's",
+    "cache_append": "launch: 8 D bytes a head and token",
+}
 
 
 def compile_variant(dtype, kernel, types, constants, options, capability):
@@ -108,7 +147,7 @@ def read_resources(compiled, capability):
         "occupancy": round(blocks * threads / THREADS[capability], 2),
         "wgmma": len(re.findall(r"\bHGMMA", machine)),
         "tma": len(re.findall(r"\bUTMALDG", machine)),
-        "wide_loads": len(re.findall(r"\bLDG\.E\S*\.128", machine)),
+        "wide_loads": len(re.findall(r"\bLDG(?:STS)?\.E\S*\.128", machine)),
         "wide_stores": len(re.findall(r"\bSTG\.E\S*\.128", machine)),
         "narrow_rows": narrow_rows(compiled.asm["ttir"]),
     }
@@ -140,20 +179,30 @@ def narrow_rows(ttir):
     return len(found)
 
 
-def report(architectures=ARCHITECTURES):
+def _row(variant):
+    sm, number = variant
+    label, dtype, kernel, types, constants, options = list(variants((sm // 10, sm % 10)))[number]
+    compiled = compile_variant(dtype, kernel, types, constants, options, sm)
+    name = kernel.fn.__name__.strip("_").removesuffix("_kernel")
+    return {"kernel": f"{name} {label}", "dtype": dtype, "sm": sm, **read_resources(compiled, sm)}
+
+
+def report(architectures=ARCHITECTURES, dtypes=tuple(DTYPES)):
     """A row for every kernel × dtype × configuration × architecture."""
-    for sm in architectures:
-        for label, dtype, kernel, types, constants, options in variants((sm // 10, sm % 10)):
-            compiled = compile_variant(dtype, kernel, types, constants, options, sm)
-            name = kernel.fn.__name__.strip("_").removesuffix("_kernel")
-            yield {"kernel": f"{name} {label}", "dtype": dtype, "sm": sm, **read_resources(compiled, sm)}
+    wanted = [
+        (sm, number) for sm in architectures
+        for number, (_, dtype, *_) in enumerate(variants((sm // 10, sm % 10))) if dtype in dtypes
+    ]
+    with multiprocessing.get_context("spawn").Pool() as pool:
+        yield from pool.imap(_row, wanted, chunksize=4)
 
 
-def report_elsewhere(architectures):
+def report_elsewhere(architectures, dtypes=tuple(DTYPES)):
     """The report from a fresh process, for a caller in which Triton is interpreted."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(
-        [sys.executable, __file__, "--json", *map(str, architectures)], capture_output=True, text=True, env=environment
+        [sys.executable, __file__, "--json", *map(str, architectures), *dtypes],
+        capture_output=True, text=True, env=environment,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout)
@@ -161,10 +210,12 @@ def report_elsewhere(architectures):
 
 if __name__ == "__main__":
     asked = [int(argument) for argument in sys.argv[1:] if argument.isdigit()] or ARCHITECTURES
-    rows = list(report(asked))
+    rows = list(report(asked, [argument for argument in sys.argv[1:] if argument in DTYPES] or tuple(DTYPES)))
     if "--json" in sys.argv:
         print(json.dumps(rows))
     else:
         width = max(len(row["kernel"]) for row in rows)
         for row in [dict(zip(rows[0], rows[0])), *rows]:
             print(f"{row['kernel']:{width}}", *(f"{value:>11}" for value in list(row.values())[1:]))
+        for kernel, limit in LIMITS.items():
+            print(f"{kernel}: {limit}")

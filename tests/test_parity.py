@@ -7,6 +7,7 @@ of 8 rounding units of fp32: the two may by chance round alike.
 import numerics
 import pytest
 import torch
+from conftest import GPU
 
 import fastlm
 from fastlm import dispatch
@@ -87,6 +88,42 @@ def test_greedy_tokens_of_unequal_prompts(index, backend):
         alone = model.generate([prompt], max_new_tokens=20, temperature=0)[0]
         wanted = theirs.generate(prompt[None], max_new_tokens=20, do_sample=False, pad_token_id=0)[0]
         assert row.tolist() == alone.tolist() == wanted.tolist()
+
+
+def greedy_equals_transformers(model, theirs):
+    prompts = [torch.arange(5, 5 + n) for n in (1, 9, 4)]
+    for prompt, row in zip(prompts, model.generate(prompts, max_new_tokens=8, temperature=0)):
+        wanted = theirs.generate(prompt[None], max_new_tokens=8, do_sample=False, pad_token_id=0)[0]
+        assert row.tolist() == wanted.tolist()
+
+
+@pytest.mark.skipif(GPU, reason="a GPU is here: the backends themselves run, nothing is interpreted or emulated")
+@pytest.mark.parametrize("backend", ["triton"], indirect=True)
+def test_interpreted_kernels_make_a_whole_model(backend):
+    """Loss, gradients and greedy tokens through every Triton kernel there is."""
+    model = parity.make(vocab_size=61, n_positions=24, n_embd=32, n_layer=2, n_head=2)
+    tokens, targets = parity.batch(model, 3, 21)
+    with dispatch.record() as calls:
+        ours = parity.step(model, tokens, targets)
+    assert {name for _, name in calls} == {"triton"}
+    hold("interpreted", backend, ours, *(parity.step(parity.twin(model, name), tokens, targets)
+                                         for name in ("eager", "sdpa")))
+    with dispatch.record() as calls:
+        greedy_equals_transformers(model.eval(), parity.twin(model))
+    assert {name for _, name in calls} == {"triton"}
+
+
+@pytest.mark.skipif(GPU, reason="a GPU is here: the backends themselves run, nothing is interpreted or emulated")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_emulated_kernels_generate(emulated, dtype):
+    """Greedy tokens through every CUDA kernel there is; in fp32 the prompts go through another attention."""
+    model = parity.make(vocab_size=61, n_positions=24, n_embd=32, n_layer=2, n_head=2).eval()
+    theirs = parity.twin(model).to(dtype)
+    half = {"attention": "cuda-emulated"} if dtype == torch.float16 else {}
+    emulated = {**half, "decode_attention": "cuda-emulated", "cache_append": "cuda-emulated"}
+    with fastlm.use(**emulated), dispatch.record() as calls:
+        greedy_equals_transformers(model.to(dtype), theirs)
+    assert {name for op, name in calls if half or "attention_qkv" not in op} == {"cuda-emulated"}
 
 
 def test_files_are_hugging_faces(tmp_path):

@@ -78,7 +78,7 @@ __global__ void __launch_bounds__(kThreads)
         float dot = 0.0f;
         for (int j = 0; j < kSize; j++) dot += q[t][j] * k[i][j];
         for (int offset = kLanes / 2; offset; offset /= 2) dot += __shfl_xor_sync(0xffffffffu, dot, offset);
-        x[i] = s < end && s <= length - op.T + first + t ? dot * op.scale : -INFINITY;
+        x[i] = s <= length - op.T + first + t ? dot * op.scale : -INFINITY;  // so s < length too
         top = fmaxf(top, x[i]);
       }
       const float origin = OnlineSoftmax::origin(top), shrink = OnlineSoftmax::exp(state[t].m - origin);

@@ -27,7 +27,7 @@ def _compile(name, sources, flags, cuda):
     compiler = shutil.which("g++")
     if compiler is None or platform.machine() not in ("x86_64", "AMD64"):
         pytest.skip("the CUDA kernels are compiled for the CPU by g++ on x86-64, which is not here")
-    inputs = [*sources, *sorted(cuda.iterdir()), *sorted(HERE.glob("*.h")), *sorted((ROOT / "csrc").glob("*.h"))]
+    inputs = [*sources, *sorted(cuda.glob("*.cuh")), *sorted(HERE.glob("*.h")), *sorted((ROOT / "csrc").glob("*.h"))]
     content = b"".join(path.read_bytes() for path in inputs) + " ".join(flags).encode()
     target = Path(tempfile.gettempdir()) / "fastlm-emulation" / hashlib.sha256(content).hexdigest()[:24] / name
     if not target.exists():
@@ -60,9 +60,9 @@ def emulated_module():
     return module
 
 
-def sweep(cuda=ROOT / "csrc" / "cuda", *, order=0, whole=False):
-    """Runs the sanitized sweep of the kernels in folder `cuda`; the finished process."""
-    program = _compile("sweep", [HERE / "sweep.cpp", *sorted(cuda.glob("*.cu"))], SANITIZE, cuda)
+def sweep(op, cuda=ROOT / "csrc" / "cuda", *, order=0, whole=False):
+    """Runs the sanitized sweep of an op, its kernels in folder `cuda`; the finished process."""
+    program = _compile(f"sweep-{op}", [HERE / f"sweep_{op}.cpp", cuda / f"{op}.cu"], SANITIZE, cuda)
     environment = {**os.environ, "EMU_ORDER": str(order), "ASAN_OPTIONS": "detect_leaks=0"}
     arguments = [str(program), *(["whole"] if whole else [])]
     return subprocess.run(arguments, capture_output=True, text=True, env=environment, timeout=600)

@@ -1,39 +1,9 @@
-// Runs softmax_xent over odd sizes, strides and offsets on buffers of exact size and compares with plain double
-// arithmetic; built under AddressSanitizer and UndefinedBehaviorSanitizer. Prints what is wrong and exits with 1.
-#define EMU_IMPLEMENTATION
-#include "cuda_on_cpu.h"
-
-#include "fastlm.h"
+// Sweeps softmax_xent, forward and backward, also in place.
+#include "sweep.h"
 
 namespace {
 
-using fastlm::DType;
 constexpr int64_t kIgnore = -100;
-int wrong = 0;
-
-struct Element {
-  DType dtype;
-  double tolerance;
-  int size() const { return dtype == DType::f32 ? 4 : 2; }
-  double read(const char* p) const {
-    if (dtype == DType::f32) { float x; std::memcpy(&x, p, 4); return x; }
-    if (dtype == DType::bf16) { __nv_bfloat16 x; std::memcpy(&x, p, 2); return __bfloat162float(x); }
-    __half x; std::memcpy(&x, p, 2); return __half2float(x);
-  }
-  void write(char* p, double value) const {
-    if (dtype == DType::f32) { const float x = float(value); std::memcpy(p, &x, 4); }
-    if (dtype == DType::bf16) { const auto x = __float2bfloat16(float(value)); std::memcpy(p, &x, 2); }
-    if (dtype == DType::f16) { const auto x = __float2half(float(value)); std::memcpy(p, &x, 2); }
-  }
-};
-
-void expect(bool right, const char* what, int64_t V, int64_t n, int64_t v) {
-  if (!right && wrong++ < 5) std::printf("wrong %s: V=%ld row %ld column %ld\n", what, long(V), long(n), long(v));
-}
-
-bool near(double got, double wanted, double tolerance) {
-  return std::abs(got - wanted) <= tolerance * (1 + std::abs(wanted));
-}
 
 // N rows of V elements, `offset` elements into a buffer that ends with the last one, rows `apart` apart.
 void sweep(Element e, int64_t N, int64_t V, int64_t apart, int64_t offset, bool in_place) {
@@ -65,17 +35,17 @@ void sweep(Element e, int64_t N, int64_t V, int64_t apart, int64_t offset, bool 
     for (int64_t v = 0; v < V; v++) m = std::max(m, values[n * V + v]);
     for (int64_t v = 0; v < V; v++) s += std::exp(values[n * V + v] - m);
     const double true_lse = m + std::log(s);
-    expect(near(lse[n], true_lse, 2e-6), "lse", V, n, 0);
+    expect(near(lse[n], true_lse, 2e-6), "lse", {V, n});
     const bool ignored = y[n] == kIgnore, outside = y[n] >= V;
-    if (ignored) expect(loss[n] == 0, "loss of an ignored row", V, n, 0);
-    else if (outside) expect(std::isnan(loss[n]), "loss of a wrong label", V, n, 0);
-    else expect(near(loss[n], true_lse - values[n * V + y[n]], 4e-6), "loss", V, n, 0);
+    if (ignored) expect(loss[n] == 0, "loss of an ignored row", {V, n});
+    else if (outside) expect(std::isnan(loss[n]), "loss of a wrong label", {V, n});
+    else expect(near(loss[n], true_lse - values[n * V + y[n]], 4e-6), "loss", {V, n});
     for (int64_t v = 0; v < V; v++) {
       const double got = e.read(dx + (n * dx_apart + v) * e.size());
       const double wanted = (std::exp(values[n * V + v] - true_lse) - (v == y[n])) * dloss[n];
-      if (ignored) expect(got == 0, "dx of an ignored row", V, n, v);
-      else if (outside) expect(std::isnan(got), "dx of a wrong label", V, n, v);
-      else expect(near(got, wanted, e.tolerance), "dx", V, n, v);
+      if (ignored) expect(got == 0, "dx of an ignored row", {V, n, v});
+      else if (outside) expect(std::isnan(got), "dx of a wrong label", {V, n, v});
+      else expect(near(got, wanted, e.tolerance), "dx", {V, n, v});
     }
   }
 }
@@ -84,8 +54,7 @@ void sweep(Element e, int64_t N, int64_t V, int64_t apart, int64_t offset, bool 
 
 int main(int argc, char** argv) {
   const bool whole = argc > 1 && std::strcmp(argv[1], "whole") == 0;
-  const Element elements[] = {{DType::f32, 1e-5}, {DType::bf16, 2e-2}, {DType::f16, 3e-3}};
-  for (const Element& e : elements) {
+  for (const Element& e : {kF32, kBF16, kF16}) {
     for (int64_t V : {1, 2, 5, 37, 127, 1031, 4109})
       for (int64_t offset : {0, 1, 3})
         for (bool in_place : {false, true}) sweep(e, 4, V, V + offset, offset, in_place);
