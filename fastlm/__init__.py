@@ -19,6 +19,7 @@ _HOMES = {
     "GPT2Config": "fastlm.gpt2",
     "Tokenizer": "fastlm.data.tokenizer",
     "generate": "fastlm.generation",
+    "warmup": "fastlm.generation",
 }
 
 __all__ = list(_HOMES) + ["__version__"]

@@ -7,7 +7,7 @@ import numerics
 import pytest
 import torch
 from conftest import DEVICE, GPU
-from guard import guarded
+from guard import far_apart, guarded
 
 import fastlm
 from fastlm import dispatch, reference
@@ -183,6 +183,19 @@ def test_guard_pages(backend, T, S, D, front, dtype):
     o, lse = torch.ops.fastlm.attention_fwd(q, k, v, 1, 0.2, 0.0, None)
     o, lse = guarded(o, front=front), guarded(lse, front=front)
     torch.ops.fastlm.attention_bwd(do, q, k, v, o, lse, 1, 0.2, 0.0, None)
+
+
+def test_rows_beyond_2_to_the_31(backend):
+    if DEVICE != "cpu":
+        pytest.skip("made of pages of the CPU that are never touched")
+    operands = [far_apart((3, 5, 2, 16), torch.bfloat16) for _ in range(4)]
+    for seed, operand in enumerate(operands):
+        operand.copy_(numerics.inputs("normal", operand.shape, torch.bfloat16, seed))
+    results = []
+    for q, k, v, do in (operands, [operand.contiguous() for operand in operands]):
+        o, lse = torch.ops.fastlm.attention_fwd(q, k, v, 1, 0.2, 0.0, None)
+        results.append((o, lse, *torch.ops.fastlm.attention_bwd(do, q, k, v, o, lse, 1, 0.2, 0.0, None)))
+    assert all(torch.equal(far, near) for far, near in zip(*results))
 
 
 def test_dropout_of_a_batch_is_that_of_its_parts(backend):

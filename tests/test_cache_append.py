@@ -4,7 +4,7 @@ import numerics
 import pytest
 import torch
 from conftest import DEVICE
-from guard import guarded
+from guard import far_apart, guarded
 
 import fastlm
 
@@ -66,6 +66,17 @@ def test_guard_pages(backend, front):
         where = guarded(torch.tensor([[0, 2 * PAGE - 1]], dtype=torch.int32), front=front)
         fastlm.cache_append_(k_pages, v_pages, k, v, table, where)
         assert k_pages.sum() == v_pages.sum() == 2 * H * head
+
+
+def test_pages_beyond_2_to_the_31(backend):
+    if DEVICE != "cpu":
+        pytest.skip("made of pages of the CPU that are never touched")
+    pages = [far_apart((3, PAGE, H, D), torch.bfloat16) for _ in range(2)]
+    k, v = (numerics.inputs("normal", (1, 3 * PAGE, H, D), torch.bfloat16, seed) for seed in range(2))
+    where = torch.arange(3 * PAGE, dtype=torch.int32)[None]
+    fastlm.cache_append_(*pages, k, v, torch.tensor([[0, 1, 2]], dtype=torch.int32), where)
+    for page, new in zip(pages, (k, v)):
+        assert torch.equal(page.reshape(new.shape), new)
 
 
 def arguments(**changes):

@@ -4,7 +4,7 @@ import numerics
 import pytest
 import torch
 from conftest import DEVICE
-from guard import guarded
+from guard import far_apart, guarded
 from test_attention import plain
 
 import fastlm
@@ -87,6 +87,18 @@ def test_guard_pages(backend, D, front, dtype):
         for shape in ((2, 3, H, D), (6, PAGE, H, D), (6, PAGE, H, D))
     )
     assert fastlm.decode_attention(q, k_pages, v_pages, table, counts).isfinite().all()
+
+
+def test_pages_beyond_2_to_the_31(backend):
+    if DEVICE != "cpu":
+        pytest.skip("made of pages of the CPU that are never touched")
+    pages = [far_apart((3, PAGE, H, 16), torch.bfloat16) for _ in range(2)]
+    for seed, page in enumerate(pages):
+        page.copy_(numerics.inputs("normal", page.shape, torch.bfloat16, seed))
+    q = numerics.inputs("normal", (1, 2, H, 16), torch.bfloat16, 2)
+    rest = torch.tensor([[0, 2]], dtype=torch.int32), torch.tensor([2 * PAGE], dtype=torch.int32)
+    near = [page.contiguous() for page in pages]
+    assert torch.equal(fastlm.decode_attention(q, *pages, *rest), fastlm.decode_attention(q, *near, *rest))
 
 
 @pytest.mark.parametrize("D", [1, 8, 17, 80, 128, 256])

@@ -1,14 +1,18 @@
 """The generator: the cache, the draws, the limits, text."""
 
+import sys
+
 import pytest
 import torch
 
 import fastlm
 from fastlm import dispatch
 from fastlm.data.tokenizer import Tokenizer
-from fastlm.generation import KVCache, stream_tokens
+from fastlm.generation import KVCache, step, stream_tokens
 from fastlm.generation.sampling import choose, uniforms
 from fastlm.philox import philox
+
+LOOP = sys.modules["fastlm.generation.generate"]  # the package has a function of that name
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +58,62 @@ def test_cached_logits_equal_uncached(model, counts):
             logits = model.lm_head(model.hidden(tokens[:, start:stop], positions=positions, cache=cache))
             cache.end()
             torch.testing.assert_close(logits, whole[:, start:stop], rtol=1e-4, atol=1e-4)
+
+
+def test_a_captured_step_gives_the_same_tokens(model, monkeypatch):
+    """With a stand-in for the CUDA graph: inputs come from, and the output goes to, the same memory each time."""
+    wanted = lists(model.generate(PROMPTS, max_new_tokens=12, temperature=0, num_return_sequences=2))
+    replays = []
+
+    def repeat(run):
+        run()  # before the capture, without effect
+        output = run().clone()
+
+        def replay():
+            replays.append(output.data_ptr())
+            return output.copy_(run())
+
+        return replay
+
+    monkeypatch.setattr(step, "capture", repeat)
+    monkeypatch.setattr(LOOP, "Step", CapturedStep)
+    assert lists(model.generate(PROMPTS, max_new_tokens=12, temperature=0, num_return_sequences=2)) == wanted
+    assert len(replays) == 11 and len(set(replays)) == 1
+
+
+class CapturedStep(step.Step):
+    def __init__(self, model, cache, *, captured):
+        assert not captured, "there is no GPU to capture on"
+        super().__init__(model, cache, captured=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_cuda_graph_gives_the_same_tokens(dtype):
+    torch.manual_seed(3)
+    config = fastlm.GPT2Config(vocab_size=257, n_positions=64, n_embd=128, n_layer=2, n_head=2)
+    model, options = fastlm.GPT2(config).eval().to("cuda", dtype), {"temperature": 0, "max_new_tokens": 20}
+    graphed = lists(model.generate(PROMPTS, **options))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LOOP, "WORTH_CAPTURING", 1000)
+        assert lists(model.generate(PROMPTS, **options)) == graphed
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_warmup_chooses_every_kernel_and_changes_nothing(training):
+    config = fastlm.GPT2Config(vocab_size=31, n_positions=16, n_embd=24, n_layer=2, n_head=2)
+    model = fastlm.GPT2(config).train(training)
+    before, state = [p.detach().clone() for p in model.parameters()], torch.get_rng_state()
+    dispatch._forget()
+    assert fastlm.warmup(model, [(2, 16), (1, 1)]) > 0
+    chosen = {name for name, row in dispatch.TABLE.items() if row.chosen}
+    used = {"softmax_xent_fwd", "softmax_xent_bwd", "attention_qkv_fwd", "attention_qkv_bwd"} if training else {
+        "attention_qkv_fwd", "cache_append_", "decode_attention"}
+    assert chosen == used
+    assert all(torch.equal(*pair) for pair in zip(before, model.parameters()))
+    assert all(p.grad is None for p in model.parameters()) and torch.equal(state, torch.get_rng_state())
+    with pytest.raises(ValueError, match=r"warmup: shape is \(2, 17\), wanted .* n_positions 16"):
+        fastlm.warmup(model, [(2, 17)])
 
 
 def test_results_hold_prompt_and_no_pads(model):

@@ -2,5 +2,6 @@
 
 from fastlm.generation.cache import KVCache
 from fastlm.generation.generate import generate, generate_tokens, stream_tokens
+from fastlm.generation.warmup import warmup
 
-__all__ = ["KVCache", "generate", "generate_tokens", "stream_tokens"]
+__all__ = ["KVCache", "generate", "generate_tokens", "stream_tokens", "warmup"]

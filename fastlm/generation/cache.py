@@ -48,7 +48,8 @@ class KVCache:
 
     def end(self):
         """Closes a step: what was appended counts."""
-        self.lengths, self._empty = self._total, False
+        self.lengths.copy_(self._total)  # in place, so that a captured step finds it
+        self._empty = False
 
     def repeat(self, times):
         """Makes every sequence `times` sequences with pages of their own, neighbours in the batch."""

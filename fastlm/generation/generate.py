@@ -11,9 +11,11 @@ import torch.nn.functional as F
 from fastlm import dispatch
 from fastlm.generation.cache import KVCache
 from fastlm.generation.sampling import check_sampling, choose, uniforms
+from fastlm.generation.step import Step
 
 END = "end of text"
 USUAL = 50  # new tokens, where nothing is asked for
+WORTH_CAPTURING = 8  # tokens to write: a capture costs about as much as three of them
 
 
 def generate_tokens(model, tokens, **options):
@@ -74,6 +76,7 @@ def _run(model, prompts, room, n, pick, seed, stop):
         if n > 1:
             cache.repeat(n)
         uniform = uniforms(seed, len(prompts), n, max(left), model.device)
+        decode = Step(model, cache, captured=model.device.type == "cuda" and max(left) >= WORTH_CAPTURING)
     for step in itertools.count():
         with _evaluating(model):
             new = pick(logits, uniform[:, step])
@@ -83,7 +86,7 @@ def _run(model, prompts, room, n, pick, seed, stop):
         if not any(left):
             return
         with _evaluating(model):
-            logits = _step(model, new, left, cache)
+            logits = decode(new, left)
 
 
 def _prefill(model, prompts, cache):
@@ -95,15 +98,6 @@ def _prefill(model, prompts, cache):
     hidden = model.hidden(padded, positions=positions, cache=cache)  # (P, T, C)
     cache.end()
     return model.lm_head(hidden[torch.arange(len(prompts), device=model.device), lengths.long() - 1])
-
-
-def _step(model, new, left, cache):
-    """The logits (B, V) behind the tokens `new` (B,); a row with nothing left goes along, but waits."""
-    counts = torch.tensor(left, dtype=torch.int32).clamp(max=1).to(model.device)
-    positions = cache.begin(counts, 1).clamp(max=model.config.n_positions - 1)  # an ended row may be full
-    hidden = model.hidden(new[:, None], positions=positions, cache=cache)  # (B, 1, C)
-    cache.end()
-    return model.lm_head(hidden[:, 0])
 
 
 @contextmanager

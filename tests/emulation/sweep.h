@@ -3,6 +3,8 @@
 // prints what is wrong and exits with 1. Built under AddressSanitizer and UndefinedBehaviorSanitizer.
 #pragma once
 
+#include <sys/mman.h>
+
 #define EMU_IMPLEMENTATION
 #include "cuda_on_cpu.h"
 
@@ -42,7 +44,9 @@ struct Element {
 constexpr Element kF32 = {DType::f32, 1e-5}, kBF16 = {DType::bf16, 2e-2}, kF16 = {DType::f16, 3e-3};
 
 // A tensor of up to four dimensions in a buffer of its own that begins `offset` elements before it and ends with its
-// last element; what no element covers is NaN. Filled with normal numbers, or left as it is.
+// last element; what no element covers is NaN (where strides reach beyond 2^31 elements: 0). Filled with normal numbers, or left as it is.
+constexpr int64_t kFar = (int64_t(1) << 31) + 64;
+
 struct Tensor {
   Element e;
   int64_t sizes[4], strides[4];
@@ -61,9 +65,15 @@ struct Tensor {
       empty = empty || !sizes[i];
     }
     const int64_t elements = empty ? 0 : offset + last + 1;
-    buffer.reset(new char[elements * e.size()]);
-    std::memset(buffer.get(), 0xff, elements * e.size());
-    data = buffer.get() + (empty ? 0 : offset * e.size());
+    if (elements > int64_t(1) << 31) {  // pages that nobody touches cost no memory
+      data = static_cast<char*>(mmap(nullptr, elements * e.size(), PROT_READ | PROT_WRITE,
+                                     MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
+      if (data == MAP_FAILED) std::abort();
+    } else {
+      buffer.reset(new char[elements * e.size()]);
+      std::memset(buffer.get(), 0xff, elements * e.size());
+      data = buffer.get() + (empty ? 0 : offset * e.size());
+    }
     std::normal_distribution<double> normal(0, 1);
     if (!random) return;
     for (int64_t i = 0; i < sizes[0]; i++)

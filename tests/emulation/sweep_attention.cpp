@@ -4,14 +4,14 @@
 
 namespace {
 
-// q, k, v cut from rows of 3 H D + `gap` elements, `offset` elements into their buffer.
+// q, k, v cut from rows of 3 H D + `gap` elements, `offset` elements into their buffer; `far`: sequences lie kFar apart.
 void sweep(Element e, int64_t B, int64_t T, int64_t S, int64_t H, int64_t D, int causal, int64_t gap, int64_t offset,
-           int drop = 0) {
+           int drop = 0, bool far = false) {
   const int64_t row = 3 * H * D + gap;
   std::mt19937 random(int(T * 1000 + S * 10 + D));
-  const Tensor q(e, {B, T, H, D}, {T * row, row, D, 1}, offset, &random);
-  const Tensor k(e, {B, S, H, D}, {S * row, row, D, 1}, offset, &random);
-  const Tensor v(e, {B, S, H, D}, {S * row, row, D, 1}, offset, &random);
+  const Tensor q(e, {B, T, H, D}, {far ? kFar : T * row, row, D, 1}, offset, &random);
+  const Tensor k(e, {B, S, H, D}, {far ? kFar : S * row, row, D, 1}, offset, &random);
+  const Tensor v(e, {B, S, H, D}, {far ? kFar : S * row, row, D, 1}, offset, &random);
   const Tensor o = dense(e, B, T, H, D), lse = dense(kF32, B, H, T, 1);
   const int64_t seed[] = {11, 22, 3, 4};
   const float scale = 0.3f;
@@ -63,6 +63,7 @@ int main(int argc, char** argv) {
     sweep(e, 1, 33, 129, 2, 80, kFull, 0, 0);
     sweep(e, 1, 3, 0, 1, 16, kFull, 0, 0);
     sweep(e, 2, 67, 67, 2, 16, kBottomRight, 0, 0, 77);
+    sweep(e, 2, 9, 9, 1, 16, kBottomRight, 0, 0, 0, true);
     if (whole) sweep(e, 1, 300, 300, 1, 128, kBottomRight, 0, 0, 26);
   }
   return wrong ? 1 : 0;

@@ -3,12 +3,12 @@
 
 namespace {
 
-void sweep(Element e, int64_t H, int64_t D, int64_t page, bool heads_first, int64_t offset) {
+void sweep(Element e, int64_t H, int64_t D, int64_t page, bool heads_first, int64_t offset, bool far = false) {
   const int64_t B = 3, T = 4, max_pages = 2, pages = B * max_pages;
   std::mt19937 random(int(H * 100 + D));
   const int64_t row = heads_first ? D : H * D, head = heads_first ? page * D : D;
-  const Tensor k_pages(e, {pages, page, H, D}, {page * H * D, row, head, 1}, offset, nullptr);
-  const Tensor v_pages(e, {pages, page, H, D}, {page * H * D, row, head, 1}, offset, nullptr);
+  const Tensor k_pages(e, {pages, page, H, D}, {far ? kFar : page * H * D, row, head, 1}, offset, nullptr);
+  const Tensor v_pages(e, {pages, page, H, D}, {far ? kFar : page * H * D, row, head, 1}, offset, nullptr);
   const Tensor k(e, {B, T, H, D}, {T * 3 * H * D, 3 * H * D, D, 1}, offset, &random);  // cut from a packed qkv
   const Tensor v(e, {B, T, H, D}, {T * 3 * H * D, 3 * H * D, D, 1}, offset, &random);
   std::unique_ptr<int32_t[]> table(new int32_t[pages]), positions(new int32_t[B * T]);
@@ -37,7 +37,7 @@ void sweep(Element e, int64_t H, int64_t D, int64_t page, bool heads_first, int6
     for (int64_t j = 0; j < page; j++)
       for (int64_t h = 0; h < H; h++)
         for (int64_t d = 0; d < D; d++) written += !std::isnan(k_pages(i, j, h, d));
-  expect(written == wanted, "count of rows written", {D, written, wanted});
+  if (!far) expect(written == wanted, "count of rows written", {D, written, wanted});
 }
 
 }  // namespace
@@ -49,6 +49,7 @@ int main() {
     sweep(e, 12, 64, 16, false, 0);   // 16 bytes at a time
     sweep(e, 2, 64, 5, true, 0);
     sweep(e, 2, 24, 5, true, 3);
+    sweep(e, 2, 16, 5, false, 0, true);
   }
   return wrong ? 1 : 0;
 }

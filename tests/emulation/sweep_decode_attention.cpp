@@ -3,15 +3,16 @@
 
 namespace {
 
-// `heads_first`: the cache lies as (pages, H, page, D). Rows of the cache that hold no position are NaN.
+// `heads_first`: the cache lies as (pages, H, page, D). Rows of the cache that hold no position are NaN. `far`: pages lie
+// kFar apart.
 void sweep(Element e, std::vector<int32_t> lengths, int64_t T, int64_t H, int64_t D, int64_t page, int64_t max_pages,
-           bool heads_first, int64_t offset) {
+           bool heads_first, int64_t offset, bool far = false) {
   const int64_t B = int64_t(lengths.size()), pages = B * max_pages;
   std::mt19937 random(int(T * 100 + D));
   const int64_t row = heads_first ? D : H * D, head = heads_first ? page * D : D;
   const Tensor q(e, {B, T, H, D}, {T * H * D, H * D, D, 1}, offset, &random);
-  const Tensor k(e, {pages, page, H, D}, {page * H * D, row, head, 1}, offset, nullptr);
-  const Tensor v(e, {pages, page, H, D}, {page * H * D, row, head, 1}, offset, nullptr);
+  const Tensor k(e, {pages, page, H, D}, {far ? kFar : page * H * D, row, head, 1}, offset, nullptr);
+  const Tensor v(e, {pages, page, H, D}, {far ? kFar : page * H * D, row, head, 1}, offset, nullptr);
   const Tensor o = dense(e, B, T, H, D);
   std::unique_ptr<int32_t[]> table(new int32_t[pages]), counts(new int32_t[B]);
   for (int64_t i = 0; i < pages; i++) table[i] = int32_t(i);
@@ -62,6 +63,7 @@ int main(int argc, char** argv) {
     sweep(e, {0, 2, 40}, 5, 2, 64, 16, 3, true, 0);        // queries before the first position
     sweep(e, {127, 128, 129, 260}, 1, 1, 32, 13, 20, false, 0);
     sweep(e, {200}, 8, 1, 128, 256, 1, false, 0);          // one long page
+    sweep(e, {32, 20}, 1, 1, 16, 16, 2, false, 0, true);
     if (whole) sweep(e, {1024, 1, 700}, 3, 2, 64, 64, 16, true, 0);
   }
   return wrong ? 1 : 0;

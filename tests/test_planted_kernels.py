@@ -1,0 +1,156 @@
+"""Bugs planted in the Triton and CUDA kernels, one at a time: each must be caught; which test catches it is told.
+
+A Triton bug is planted in a copy of the package, and the tests of its op run there on interpreted Triton; a CUDA bug is
+planted in a copy of the .cu, and its sanitized sweep runs.
+"""
+
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+import test_cuda_emulated
+from test_planted import ROOT, copy_package
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+# name: (file, text, what it becomes)
+TRITON = {
+    "mask off by one": ("attention", "seen & (s <= t + offset)", "seen & (s <= t + offset + 1)"),
+    "whole tiles reach too far": ("attention", "tl.minimum(S, t0 + 1 + offset)", "tl.minimum(S, t0 + 40 + offset)"),
+    "top-left for bottom-right": ("attention", "S - T if causal == 1 else 0", "0"),
+    "wrong scale": ("attention", "scale *= LOG2E /", "scale *= 1.1 * LOG2E /"),
+    "dk without the scale": ("attention", "dk * scale", "dk"),
+    "dq without the scale": ("attention", "dq * scale", "dq"),
+    "delta forgotten": ("attention", "p * (dp - delta[None, :])", "p * dp"),
+    "first queries skipped": (
+        "attention", "tl.maximum(s0 - offset, 0) // BLOCK_T",
+        "tl.maximum(s0 - offset + 1, 0) // BLOCK_T",
+    ),
+    "last tile of keys lost": ("attention", "BLOCK_S * BLOCK_S, S\n", "BLOCK_S * BLOCK_S, S // BLOCK_S * BLOCK_S\n"),
+    "sum not rescaled": ("attention", "l * shrink + tl.sum", "l + tl.sum"),
+    "output not rescaled": ("attention", "o * shrink[:, None]", "o"),
+    "blind row divided by zero": ("attention", "tl.where(nothing, 1.0, l))[:, None]", "l)[:, None]"),
+    "lse of a blind row": ("attention", 'lse == float("-inf")', "lse != lse"),
+    "dropout scale": ("attention", "256.0 / (256.0 - DROP) / tl.where", "1.0 / tl.where"),
+    "dropout scale backward": ("attention", "dp * (256.0 / (256.0 - DROP))", "dp"),
+    "dropout of another head": ("dropout", "<< 16) | h)", "<< 16) | 0 * h)"),
+    "dropout bytes exchanged": ("dropout", "tl.join(tl.join(w0, w2), tl.join(w1, w3))",
+                                "tl.join(tl.join(w0, w1), tl.join(w2, w3))"),
+    "32-bit address of a sequence": (
+        "attention", "(tl.program_id(0) // tiles).to(tl.int64)",
+        "(tl.program_id(0) // tiles)",
+    ),
+    "rows beyond the end": ("attention", "inside = row[:, None] < rows", "inside = row[:, None] < rows + 1"),
+    "columns beyond D": ("attention", "(d[None, :] < D)", "(d[None, :] < BLOCK_D)"),
+    "lost split in the merge": (
+        "decode_attention", "for split in range(used)",
+        "for split in range(tl.maximum(used - 1, 1))",
+    ),
+    "merge without rescaling": ("decode_attention", "o * shrink + o_split * shrink_split", "o + o_split"),
+    "newest token unseen": (
+        "decode_attention", "(s[None, :] <= length - T + t[:, None])",
+        "(s[None, :] < length - T + t[:, None])",
+    ),
+    "page of another sequence": ("decode_attention", "table_ptr += b * stride_tb", "table_ptr += 0 * b * stride_tb"),
+    "cache slot beyond the length": (
+        "decode_attention", "inside = (s[:, None] < length)",
+        "inside = (s[:, None] <= length)",
+    ),
+    "32-bit address of a page": (
+        "decode_attention", "page_of.to(tl.int64) * stride_p",
+        "(page_of * stride_p.to(tl.int32))",
+    ),
+    "stale cache slot": ("cache_append", "(position % page).to", "(tl.maximum(position - 1, 0) % page).to"),
+    "pad appended": ("cache_append", "if position >= 0:", "if position >= -1:"),
+    "heads run together": ("cache_append", "h * stride_vph", "h * D"),
+}
+CUDA = {
+    "mask off by one": ("attention", "s > t + offset", "s > t + offset + 1"),
+    "top-left for bottom-right": ("attention", "op.causal == kBottomRight ? op.S - op.T : 0", "0"),
+    "wrong scale": ("attention", "op.scale * kLog2e", "1.1f * op.scale * kLog2e"),
+    "whole tiles reach too far": ("attention", "min(op.S, t0 + 1 + offset)", "min(op.S, t0 + 64 + offset)"),
+    "sum not rescaled": ("attention", "rows.l[r] *= shrink;", ""),
+    "output not rescaled": ("attention", "o[n][2 * r] *= shrink;", ""),
+    "quad's sum lost": ("attention", "l += __shfl_xor_sync(0xffffffffu, l, 2);", ""),
+    "dropout scale": ("attention", "mask.scale() / l", "1.0f / l"),
+    "dropout of another query": ("attention", "mask.bytes(t_lane + 8 * r,", "mask.bytes(t_lane,"),
+    "operand halves exchanged": ("attention", "lane / 16 * 8 + lane % 8) * kRow + step * 16 + lane / 8 % 2 * 8",
+                                 "lane / 8 % 2 * 8 + lane % 8) * kRow + step * 16 + lane / 16 * 8"),
+    "32-bit address": ("attention", "b * op.stride_kb + h", "int32_t(b * op.stride_kb) + h"),
+    "lost split in the merge": ("decode_attention", "split < used", "split + 1 < used"),
+    "lost warp in the merge": (
+        "decode_attention", "for (int w = 0; w < kWarps; w++) {",
+        "for (int w = 1; w < kWarps; w++) {",
+    ),
+    "merge without rescaling": ("decode_attention", "o = o * OnlineSoftmax::exp(state.m - origin)", "o = o"),
+    "newest token unseen": ("decode_attention", "s <= length - op.T", "s < length - op.T"),
+    "page of another sequence": ("decode_attention", "op.block_table + b * op.stride_tb", "op.block_table"),
+    "32-bit address of a page": ("decode_attention", "page * op.stride_kp", "int32_t(page * op.stride_kp)"),
+    "stale cache slot": ("cache_append", "row = position % op.page", "row = max(position - 1, int64_t(0)) % op.page"),
+    "values in place of keys": ("cache_append", "to_v[h * op.stride_vph + d] = v[", "to_v[h * op.stride_vph + d] = k["),
+    "32-bit address of a slot": ("cache_append", "page * op.stride_kpp", "int32_t(page * op.stride_kpp)"),
+}
+
+RUN = """
+import os, sys
+os.environ["TRITON_INTERPRET"] = "1"
+sys.meta_path[:] = [finder for finder in sys.meta_path if "editable" not in type(finder).__module__.lower()
+                    and "ScikitBuild" not in type(finder).__name__]
+sys.path[:0] = [{package!r}, {tests!r}]
+import fastlm, pytest
+assert fastlm.__file__.startswith({package!r}), fastlm.__file__
+sys.exit(pytest.main(["-x", "-q", "--rootdir", {root!r}, "-c", {root!r} + "/pyproject.toml", "-p", "no:cacheprovider",
+                      "-k", "triton and not test_build", {test!r}]))
+"""
+
+
+def altered(folder, suffix, bug):
+    """The source of a kernel file of `folder` with a bug planted."""
+    file, text, wrong = bug
+    source = (folder / f"{file}{suffix}").read_text()
+    assert text in source, f"{text!r} is no longer in {file}{suffix}"
+    return source.replace(text, wrong)
+
+
+def run_triton(tmp_path, op, name=None):
+    package = copy_package(tmp_path)
+    shutil.copytree(ROOT / "kernels", package / "fastlm" / "kernels", ignore=shutil.ignore_patterns("__pycache__"))
+    if name is not None:
+        kernel = package / "fastlm" / "kernels" / f"{TRITON[name][0]}.py"
+        kernel.write_text(altered(ROOT / "kernels", ".py", TRITON[name]))
+    script = RUN.format(package=str(package), tests=str(ROOT / "tests"), root=str(ROOT),
+                        test=str(ROOT / "tests" / f"test_{op}.py"))
+    return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=600, cwd=package)
+
+
+def tell(capsys, name, line):
+    with capsys.disabled():
+        print(f"\n{name}: {line[:120]}", end=" ")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("op", ["cache_append", "decode_attention"])
+def test_nothing_planted(op, tmp_path):
+    done = run_triton(tmp_path, op)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TRITON)
+def test_every_bug_in_triton_is_caught(name, tmp_path, capsys):
+    done = run_triton(tmp_path, TRITON[name][0].replace("dropout", "attention"), name)
+    failed = re.findall(r"^FAILED \S*::(\S+)", done.stdout, re.MULTILINE)
+    crashed = done.returncode < 0  # a guard page
+    assert crashed or done.returncode == 1 and failed, f"{name}: nobody noticed\n{done.stdout[-2000:]}"
+    tell(capsys, name, "a guard page" if crashed else failed[0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CUDA)
+def test_every_bug_in_cuda_is_caught(name, tmp_path, capsys):
+    op = CUDA[name][0]
+    order = test_cuda_emulated.caught(tmp_path, op, altered(ROOT / "csrc" / "cuda", ".cu", CUDA[name]))
+    assert order is not None, f"{name}: nobody noticed"
+    tell(capsys, name, f"the sweep of {op}, threads {order}")
