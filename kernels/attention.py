@@ -174,13 +174,6 @@ def _attention_delta_kernel(
 
 
 @triton.jit
-def _load_row_statistics(lse_ptr, delta_ptr, t, T):
-    """lse and delta of queries t; lse is +inf, which makes p zero, where there is no query or it sees no key."""
-    lse = tl.load(lse_ptr + t, mask=t < T, other=float("inf"))
-    return tl.where(lse == float("-inf"), float("inf"), lse), tl.load(delta_ptr + t, mask=t < T, other=0.0)
-
-
-@triton.jit
 def _take_queries(
     dk, dv, k, v,                            # (BLOCK_S, BLOCK_D) ×4
     q_source, stride_qt, do_source, stride_dot, lse_ptr, delta_ptr, seed_ptr, b, h,
@@ -193,7 +186,8 @@ def _take_queries(
     for t0 in range(begin, end, BLOCK_T):
         t = t0 + tl.arange(0, BLOCK_T)
         q = _rows(q_source, t0, T, stride_qt, D, BLOCK_T, BLOCK_D, DESCRIBED)
-        lse, delta = _load_row_statistics(lse_ptr, delta_ptr, t, T)
+        lse = tl.load(lse_ptr + t, mask=t < T, other=0.0)                  # beyond T q and do are zero
+        delta = tl.load(delta_ptr + t, mask=t < T, other=0.0)
         x = tl.dot(k, tl.trans(q), input_precision="ieee") * scale         # (BLOCK_S, BLOCK_T)
         p = tl.exp2((x - lse[None, :]) * LOG2E)
         if MASKED:
@@ -315,7 +309,8 @@ def _attention_bwd_queries_kernel(
 
     q = _rows(q_source, t0, T, stride_qt, D, BLOCK_T, BLOCK_D, DESCRIBED)
     do = _rows(do_source, t0, T, stride_dot, D, BLOCK_T, BLOCK_D, DESCRIBED)
-    lse, delta = _load_row_statistics(lse_ptr + bh * T, delta_ptr + bh * T, t, T)
+    lse = tl.load(lse_ptr + bh * T + t, mask=t < T, other=0.0)
+    delta = tl.load(delta_ptr + bh * T + t, mask=t < T, other=0.0)
     dq = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
     whole, end = _key_ranges(t0, offset, S, CAUSAL, BLOCK_T, BLOCK_S)
     dq = _take_keys_backward(

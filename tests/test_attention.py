@@ -18,7 +18,7 @@ FAMILY = "attention"
 SEED = [123, 7, 3, 5]
 SHAPES = [  # T, S, causal
     (1, 1, True), (7, 7, True), (63, 63, True), (64, 64, True), (130, 130, True), (65, 200, True), (200, 65, True),
-    (70, 90, "top-left"), (90, 70, "top-left"), (9, 70, False),
+    (130, 131, True), (70, 90, "top-left"), (90, 70, "top-left"), (9, 70, False),
 ]
 
 

@@ -13,11 +13,10 @@ B, T, H, D, PAGE, PAGES = 3, 5, 2, 24, 4, 11
 
 
 def cache(dtype, layout):
-    """k_pages, v_pages (PAGES, PAGE, H, D), k with the strides of `layout`, all NaN."""
+    """k_pages, v_pages (PAGES, PAGE, H, D) with the strides of `layout`, all NaN."""
     shape = (PAGES, H, PAGE, D) if layout == "heads first" else (PAGES, PAGE, H, D)
-    k_pages = torch.full(shape, float("nan"), dtype=dtype, device=DEVICE)
-    v_pages = torch.full((PAGES, PAGE, H, D), float("nan"), dtype=dtype, device=DEVICE)
-    return (k_pages.transpose(1, 2) if layout == "heads first" else k_pages), v_pages
+    pages = [torch.full(shape, float("nan"), dtype=dtype, device=DEVICE) for _ in range(2)]
+    return [cache.transpose(1, 2) for cache in pages] if layout == "heads first" else pages
 
 
 @pytest.mark.parametrize("dtype", numerics.DTYPES, ids=str)
