@@ -71,10 +71,10 @@ def forced(family):
     """The backend that `use` or FASTLM_BACKEND forces for an op family, or None."""
     _read_environment()
     backend = _forced.get(family, _forced.get("*"))
-    return backend if backend in _backends_of(family) else None
+    return backend if backend in backends_of(family) else None
 
 
-def _backends_of(family):
+def backends_of(family):
     """The backends that at least one of the family's torch ops has."""
     return {name: None for row in TABLE.values() if row.family == family for name in row.kernels}
 
@@ -151,8 +151,8 @@ def _force(wanted, said="use"):
             continue
         if name not in BACKENDS:
             raise ValueError(f"{said}: no backend {name!r}; the backends are {', '.join(BACKENDS)}")
-        if op != "*" and name not in _backends_of(op):
-            raise ValueError(f"{said}: {op} has no {name} kernel; it has {', '.join(_backends_of(op))}")
+        if op != "*" and name not in backends_of(op):
+            raise ValueError(f"{said}: {op} has no {name} kernel; it has {', '.join(backends_of(op))}")
         if (reason := machine_why_not(name)) is not None:
             raise RuntimeError(f"{said}: backend {name!r} cannot run here: {reason}")
     for op, name in wanted.items():

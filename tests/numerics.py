@@ -1,13 +1,8 @@
-"""The numerics policy, in one place: how far from the truth a kernel may be.
-
-The truth is the op in fp64; the measure is PyTorch's own plain composition of the op in the kernel's dtype:
-
-    fp32         largest error ≤ 4 × PyTorch's + 4 ulp of the largest value
-    bf16, fp16   largest error ≤ 2 × PyTorch's + 1 rounding unit of the largest value (backward 3 ×), and, where
-                 there are more than 4096 elements, mean error ≤ 1.2 × PyTorch's (backward 1.5 ×) + 1/64 unit
-"""
+"""Holds results to the numerics policy (fastlm.numerics), remembers the worst, and makes the numbers to try."""
 
 import torch
+
+from fastlm.numerics import compare
 
 WORST: dict = {}  # (what, backend, dtype) → worst error / allowed
 
@@ -17,25 +12,10 @@ def close(what, backend, got, composed, truth, *, backward=False):
     assert got.shape == truth.shape, f"{what}: shape {tuple(got.shape)}, wanted {tuple(truth.shape)}"
     if not truth.numel():
         return
-    got_, composed_ = got.double(), composed.double()
-    odd = ~torch.isfinite(truth)
-    same = (got_ == truth) | (got_.isnan() & truth.isnan())
-    assert same[odd].all(), f"{what}: {got_[odd & ~same][:4]} where the truth is {truth[odd & ~same][:4]}"
-    error = (got_ - truth).abs().masked_fill(odd, 0.0)
-    theirs = (composed_ - truth).abs().masked_fill(odd | ~torch.isfinite(composed_), 0.0)
-    largest = truth.abs().masked_fill(odd, 0.0).max()
-    unit = torch.finfo(got.dtype).eps * largest + torch.finfo(got.dtype).smallest_normal
-    if got.dtype in (torch.float32, torch.float64):
-        allowed = 4 * theirs.max() + 4 * unit
-    else:
-        allowed = (3 if backward else 2) * theirs.max() + unit
-        if got.numel() > 4096:
-            mean = (1.5 if backward else 1.2) * theirs.mean() + unit / 64
-            assert error.mean() <= mean, f"{what} on {backend}: mean error {error.mean():.2e}, allowed {mean:.2e}"
-    ratio = float(error.max() / allowed)
+    found = compare(got, composed, truth, backward=backward)
     key = what, backend, str(got.dtype).removeprefix("torch.")
-    WORST[key] = max(WORST.get(key, 0.0), ratio)
-    assert ratio <= 1, f"{what} on {backend}: error {error.max():.2e}, allowed {allowed:.2e}, largest {largest:.2e}"
+    WORST[key] = max(WORST.get(key, 0.0), found.ratio)
+    assert found.ratio <= 1, f"{what} on {backend}: {found}"
 
 
 def table():

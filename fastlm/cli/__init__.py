@@ -4,7 +4,7 @@ import sys
 
 import typer
 
-from fastlm.cli import data, demo, doctor, generate, train
+from fastlm.cli import check, data, demo, doctor, generate, train
 
 app = typer.Typer(
     name="fastlm",
@@ -18,6 +18,7 @@ app.command("train")(train.train)
 app.command("generate")(generate.generate)
 app.add_typer(data.app, name="data")
 app.command("doctor")(doctor.doctor)
+app.command("check")(check.check)
 
 
 def main():

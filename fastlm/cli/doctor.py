@@ -74,7 +74,7 @@ def _built():
 
 
 def _ops(device):
-    """op → {"backends": {backend: "runs" or why not}, "chosen": backend} for small fp32 calls on `device`."""
+    """op → {"backends": {backend: "runs" or why not}, "chosen": backend} for small calls on `device`."""
     from fastlm import dispatch
     from fastlm.backends import BACKENDS
 
@@ -101,19 +101,20 @@ def _try(dispatch, family, backend, call):
 
 
 def _samples(device):
-    """A small call of every op, by family."""
+    """A small call of every op, by family, in the dtype that is usual on the device."""
     import torch
 
     from fastlm import ops
 
-    q = torch.randn(2, 3, 2, 16, device=device)
-    pages = torch.zeros(4, 8, 2, 16, device=device)
+    usual = {"device": device, "dtype": torch.bfloat16 if device == "cuda" else torch.float32}
+    q = torch.randn(2, 3, 2, 16, **usual)
+    pages = torch.zeros(4, 8, 2, 16, **usual)
     table = torch.tensor([[0, 1], [2, 3]], dtype=torch.int32, device=device)
     positions = torch.tensor([[0, 1, 2], [0, 1, -1]], dtype=torch.int32, device=device)
     lengths = torch.tensor([3, 2], dtype=torch.int32, device=device)
 
     def softmax_xent():
-        x = torch.randn(3, 37, device=device, requires_grad=True)
+        x = torch.randn(3, 37, **usual, requires_grad=True)
         ops.softmax_xent(x, torch.tensor([0, 36, -100], device=device)).backward()
 
     def attention():

@@ -1,0 +1,262 @@
+"""The parity certificate: every op and a whole model, on every backend that runs here, against fp64 and transformers.
+
+The truth is the `reference` backend in fp64, the measure the same backend in the dtype under test (fastlm.numerics).
+Where transformers is installed, fp32 logits and loss are also held to its GPT-2: allowed is four times the difference
+between its own two attention implementations, at least 8 rounding units.
+"""
+
+import copy
+import math
+from dataclasses import asdict, dataclass
+
+import torch
+
+from fastlm import dispatch, ops
+from fastlm.backends import BACKENDS
+from fastlm.generation import KVCache
+from fastlm.gpt2 import GPT2, GPT2Config
+from fastlm.numerics import compare
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Line:
+    """One quantity on one backend in one dtype; it holds where ratio (error / allowed) is at most 1."""
+
+    path: str  # op, model or transformers
+    what: str
+    backend: str
+    dtype: str
+    ratio: float
+    note: str = ""
+
+    @property
+    def holds(self):
+        return self.ratio <= 1
+
+
+def certify(*, model=None, device="cpu", backends=None, seed=0, say=lambda what: None):
+    """Yields a Line for every quantity; `model`: a GPT2 to check in place of a small random one and the single ops.
+
+    Each of `backends` (unless given, all that run on tensors of `device`) is forced in turn, in every dtype that it
+    takes. say(what) tells progress. Raises ValueError for an unknown backend, RuntimeError for one that cannot run.
+    """
+    names = [name for name in BACKENDS if name != "reference" and dispatch.machine_why_not(name) is None
+             and device in dispatch.devices(name)]
+    for name in backends or ():
+        with dispatch.use(name):
+            pass
+    names = names if not backends else list(backends)
+    if model is None:
+        for family, case in CASES.items():
+            for dtype in DTYPES:
+                say(f"{family} in {dtype}")
+                yield from _op_lines(family, case, names, dtype, device, seed)
+        model = _random_model(seed).to(device)
+    for dtype in ("fp32", "bf16"):
+        yield from _model_lines(model, names, dtype, seed, say)
+    yield from _transformers_lines(model, names, seed, say)
+
+
+def as_dict(line):
+    """A line as JSON holds it."""
+    return {**asdict(line), "holds": line.holds}
+
+
+# ---- ops: operands in fp64 from a generator, and the quantities by name
+
+
+def _softmax_xent(random, to):
+    x, y = to(random(24, 1031)).requires_grad_(), torch.arange(24) * 43 % 1031
+    y[3] = -100
+    loss = ops.softmax_xent(x, y.to(x.device), reduction="none")
+    loss.sum().backward()
+    return {"loss": loss.detach(), "dx": x.grad}
+
+
+def _attention(random, to):
+    qkv, do = to(random(2, 65, 3, 2, 64)).requires_grad_(), to(random(2, 65, 2, 64))
+    o = ops.attention_qkv(qkv)
+    o.backward(do)
+    return {"o": o.detach(), "dqkv": qkv.grad}
+
+
+def _paged(random, to):
+    """k_pages, v_pages, block_table (2, 10) and new keys and values, of two sequences of 150 and 7 positions."""
+    k_pages, v_pages, k, v = (to(random(*shape)) for shape in [(20, 16, 2, 64)] * 2 + [(2, 3, 2, 64)] * 2)
+    table = torch.arange(20, dtype=torch.int32, device=k.device).flip(0).view(2, 10)
+    return k_pages, v_pages, table, k, v
+
+
+def _decode_attention(random, to):
+    k_pages, v_pages, table, q, _ = _paged(random, to)
+    lengths = torch.tensor([150, 7], dtype=torch.int32, device=q.device)
+    return {"o": ops.decode_attention(q, k_pages, v_pages, table, lengths)}
+
+
+def _cache_append(random, to):
+    k_pages, v_pages, table, k, v = _paged(random, to)
+    positions = torch.tensor([[147, 148, 149], [6, -1, -1]], dtype=torch.int32, device=k.device)
+    ops.cache_append_(k_pages, v_pages, k, v, table, positions)
+    return {"k_pages": k_pages, "v_pages": v_pages}
+
+
+CASES = {
+    "softmax_xent": _softmax_xent, "attention": _attention,
+    "decode_attention": _decode_attention, "cache_append": _cache_append,
+}
+
+
+def _op_lines(family, case, names, dtype, device, seed):
+    def run(name, computed):
+        generator = torch.Generator().manual_seed(seed)
+
+        def random(*shape):  # rounded to the dtype under test: all compute on the same numbers
+            return torch.randn(shape, generator=generator, dtype=torch.float64).to(DTYPES[dtype])
+
+        with dispatch.use(**{family: name}):
+            return case(random, lambda x: x.to(device, computed))
+
+    truth, composed = run("reference", torch.float64), run("reference", DTYPES[dtype])
+    for name in names:
+        if name not in dispatch.backends_of(family):
+            continue
+        try:
+            got = run(name, DTYPES[dtype])
+        except RuntimeError as error:
+            yield Line("op", family, name, dtype, 0.0, f"refused: {error}")
+            continue
+        for what, value in got.items():
+            ratio = _ratio(value, composed[what], truth[what], backward=what[0] == "d")
+            yield Line("op", f"{family} {what}", name, dtype, ratio)
+
+
+def _ratio(got, composed, truth, *, backward=False):
+    try:
+        return compare(got.cpu(), composed.cpu(), truth.cpu().double(), backward=backward).ratio
+    except AssertionError:  # NaN or infinity out of place
+        return math.inf
+
+
+# ---- the model
+
+
+def _random_model(seed):
+    """A small model without dropout, its weights large enough that a wrong scale shows."""
+    off = dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), 0.0)
+    with torch.random.fork_rng([]):
+        torch.manual_seed(seed)
+        model = GPT2(GPT2Config(vocab_size=257, n_positions=48, n_embd=64, n_layer=3, n_head=2, **off))
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.dim() == 2:
+                    parameter.normal_(std=0.2)
+    return model.eval()
+
+
+def _batch(model, seed):
+    """tokens and targets (2, T), a part of the targets ignored."""
+    T = min(model.config.n_positions, 128) - 1
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(model.config.vocab_size, (2, T + 1), generator=generator).to(model.device)
+    tokens, targets = ids[:, :-1].contiguous(), ids[:, 1:].clone()
+    targets[1, T // 2 :] = -100
+    return tokens, targets
+
+
+def _step(model, tokens, targets):
+    """Layers, logits, loss and gradients of a step, and the logits of the last token decoded through a cache."""
+    layers, hooks = {}, []
+    for index, block in enumerate(model.transformer["h"]):
+        hooks.append(block.register_forward_hook(
+            lambda module, inputs, output, index=index: layers.update({f"layer {index}": output.detach()})))
+    model.zero_grad()
+    try:
+        logits, loss = model(tokens, targets)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    loss.backward()
+    gradients = {f"gradient {name}": p.grad for name, p in model.named_parameters()}
+    model.zero_grad()
+    with torch.inference_mode():
+        B, T = tokens.shape
+        cache = KVCache(model.config, B, T, device=model.device, dtype=model.dtype)
+        for part in tokens.split([T - 1, 1], dim=1):
+            counts = torch.full((B,), part.shape[1], dtype=torch.int32, device=model.device)
+            positions = cache.begin(counts, part.shape[1])
+            hidden = model.hidden(part, positions=positions, cache=cache)
+            cache.end()
+        decoded = model.lm_head(hidden[:, -1])
+    quantities = {"logits": logits.detach(), "loss": loss.detach()[None], "decoded logits": decoded.clone()}
+    return {**layers, **quantities, **gradients}
+
+
+def _model_lines(model, names, dtype, seed, say):
+    tokens, targets = _batch(model, seed)
+    ours = copy.deepcopy(model).to(DTYPES[dtype])
+    say(f"a model in {dtype}: the truth in fp64")
+    with dispatch.use("reference"):
+        truth = _step(copy.deepcopy(ours).double(), tokens, targets)
+        composed = _step(ours, tokens, targets)
+    for name in names:
+        say(f"a model in {dtype} on {name}")
+        try:
+            with dispatch.use(name):
+                got = _step(ours, tokens, targets)
+        except RuntimeError as error:
+            yield Line("model", "all", name, dtype, 0.0, f"refused: {error}")
+            continue
+        layers = {what: _model_ratio(got, composed, truth, what) for what in got if what.startswith("layer")}
+        astray = next((what for what, ratio in layers.items() if not ratio <= 1), None)
+        for what in ("logits", "loss", "decoded logits"):
+            ratio = _model_ratio(got, composed, truth, what)
+            yield Line("model", what, name, dtype, ratio, f"first astray in {astray}" if astray and ratio > 1 else "")
+        # The key bias has no effect on the loss: its gradient is rounding.
+        worst = max((what for what in got if what.startswith("gradient") and not what.endswith("c_attn.bias")),
+                    key=lambda what: _model_ratio(got, composed, truth, what))
+        ratio = _model_ratio(got, composed, truth, worst)
+        yield Line("model", "gradients", name, dtype, ratio, worst if ratio > 1 else "")
+
+
+def _model_ratio(got, composed, truth, what):
+    """Error over allowed by tensor norm, where rounding adds up over layers: 4 × the composition's + 8 units."""
+    scale = float(truth[what].norm())
+    error = float((got[what].double() - truth[what]).norm())
+    theirs = float((composed[what].double() - truth[what]).norm())
+    allowed = 4 * theirs + 8 * torch.finfo(got[what].dtype).eps * scale
+    return error / allowed if error == error else math.inf
+
+
+def _transformers_lines(model, names, seed, say):
+    try:
+        import transformers
+    except ImportError:
+        return
+    tokens, targets = _batch(model, seed)
+    ours = copy.deepcopy(model).float()
+    theirs = []
+    for attention in ("eager", "sdpa"):
+        say(f"transformers' GPT-2, {attention} attention")
+        values = {key: value for key, value in ours.config.dump().items() if key != "dtype"}
+        twin = transformers.GPT2LMHeadModel(transformers.GPT2Config(**values, attn_implementation=attention))
+        twin.load_state_dict(ours.state_dict())
+        with torch.no_grad():
+            logits = twin.to(ours.device).eval()(tokens).logits
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        theirs.append({"logits": logits, "loss": loss[None]})
+    eager, sdpa = theirs
+    for name in names:
+        try:
+            with dispatch.use(name), torch.no_grad():
+                logits, loss = ours(tokens, targets)
+        except RuntimeError as error:
+            yield Line("transformers", "all", name, "fp32", 0.0, f"refused: {error}")
+            continue
+        for what, value in {"logits": logits, "loss": loss[None]}.items():
+            largest = float(eager[what].abs().max())
+            between = float((sdpa[what] - eager[what]).abs().max())
+            allowed = 4 * max(between, 8 * torch.finfo(torch.float32).eps * largest)
+            error = float((value - eager[what]).abs().max())
+            yield Line("transformers", what, name, "fp32", error / allowed if error == error else math.inf)
