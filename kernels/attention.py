@@ -335,14 +335,14 @@ def _config(kernel, D, size, drop, described, capability):
         return 32, 32, 4, 1
     if capability[0] in (9, 10):  # 227 KiB of shared memory; wgmma or tcgen05
         small, large = {
-            "fwd": ((128, 64, 8 if drop else 4, 3), (128, 128 if described else 64, 8, 2)),
-            "keys": ((64, 128, 8, 2), (32, 128, 8, 2)),
+            "fwd": ((128, 64, 8 if drop and not described else 4, 3), (128, 128 if described else 64, 8, 2)),
+            "keys": ((64, 128, 8, 2), (32 if capability[0] == 9 else 64, 128, 8, 2)),
             "queries": ((128, 64, 8, 2), (128, 64, 8, 2)),
         }[kernel]
     else:
         small, large = {
             "fwd": ((128, 64, 8 if drop else 4, 2), (128, 32, 8, 2)),
-            "keys": ((32, 64, 4, 2), (32 if drop else 64, 64, 8, 1)),
+            "keys": ((32, 64, 4, 2), (16, 64, 8, 2) if drop else (64, 64, 8, 1)),
             "queries": ((64, 32 if drop else 64, 4, 2), (128, 32, 8, 1)),
         }[kernel]
     return small if D <= 64 else large
@@ -417,9 +417,11 @@ def _attention_bwd(dq, dk, dv, do, q, k, v, o, lse, causal, scale, dropout, seed
     (B, T, H, D), S = q.shape, k.shape[1]
     delta = torch.empty(B, H, T, dtype=torch.float32, device=q.device)
     if delta.numel():
+        block_d = max(triton.next_power_of_2(D), 16)
+        block_t = 2048 // block_d
         with torch.cuda.device_of(q):
-            _attention_delta_kernel[(triton.cdiv(T, 64) * B * H,)](
-                delta, *_strided(do, o), T, H, D=D, BLOCK_T=64, BLOCK_D=max(triton.next_power_of_2(D), 16)
+            _attention_delta_kernel[(triton.cdiv(T, block_t) * B * H,)](
+                delta, *_strided(do, o), T, H, D=D, BLOCK_T=block_t, BLOCK_D=block_d
             )
     options = S, causal, scale, dropout, seed, _describable(_capability(q), do, q, k, v)
     operands = *_strided(do, q, k, v), lse, delta

@@ -96,11 +96,13 @@ def _decode_attention_merge_kernel(
     tl.store(out_ptr + ((b * T + t) * H + h) * D + d, o.to(out_ptr.dtype.element_ty), mask=d < D)
 
 
-def _config(size, capability):
-    """BLOCK_S, num_warps: a split in one piece where half the bytes allow it."""
-    if capability is None or size == 2:
+def _config(D, size, capability):
+    """BLOCK_S, num_warps: a split in one piece where registers allow it."""
+    if capability is None:
         return 128, 4
-    return 32, 4
+    if size == 4:
+        return 32, 4
+    return (128, 4) if D <= 64 else (64, 4)
 
 
 def _capability(q):
@@ -116,7 +118,7 @@ def decode_attention(q, k_pages, v_pages, block_table, lengths, scale):
     o = torch.empty(B, H, T, splits, D, dtype=torch.float32, device=q.device)
     m, l = (torch.empty(B, H, T, splits, dtype=torch.float32, device=q.device) for _ in range(2))
     block_d = max(triton.next_power_of_2(D), 16)
-    block_s, warps = _config(q.element_size(), _capability(q))
+    block_s, warps = _config(D, q.element_size(), _capability(q))
     with torch.cuda.device_of(q):
         _decode_attention_split_kernel[(B * H * splits, triton.cdiv(T, 16))](
             o, m, l, q, *q.stride()[:3], k_pages, *k_pages.stride()[:3], v_pages, *v_pages.stride()[:3],

@@ -50,7 +50,7 @@ def attention(capability):
             label = f"D={D} {block_t}x{block_s}{' tma' * described}{' drop' * (drop > 0)}"
             yield label, dtype, kernel, statistics, constants, {"num_warps": warps, "num_stages": stages}
     for dtype, D in itertools.product(DTYPES, (64, 128)):
-        constants = {"D": D, "BLOCK_T": 64, "BLOCK_D": D}
+        constants = {"D": D, "BLOCK_T": 2048 // D, "BLOCK_D": D}
         yield f"D={D}", dtype, module._attention_delta_kernel, statistics, constants, {}
 
 
@@ -60,7 +60,7 @@ def decode_attention(capability):
     partial = dict.fromkeys(("o_ptr", "m_ptr", "l_ptr"), "*fp32")
     types = {**partial, "table_ptr": "*i32", "lengths_ptr": "*i32", "scale": "fp32"}
     for dtype, D in itertools.product(DTYPES, (64, 128)):
-        block_s, warps = module._config(4 if dtype == "fp32" else 2, capability)
+        block_s, warps = module._config(D, 4 if dtype == "fp32" else 2, capability)
         constants = {"D": D, "BLOCK_T": 16, "BLOCK_S": block_s, "BLOCK_D": D}
         options = {"num_warps": warps}
         yield f"D={D}", dtype, module._decode_attention_split_kernel, types, constants, options

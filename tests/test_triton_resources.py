@@ -12,7 +12,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 ])
 def test_budgets(architecture, dtypes):
     rows = resources.report_elsewhere([architecture], dtypes)
-    assert {row["dtype"] for row in rows} == set(dtypes) and len(rows) >= 30 * len(dtypes)
+    assert {row["dtype"] for row in rows} == set(dtypes) and len(rows) >= 25 * len(dtypes)
     assert {row["kernel"].split()[0] for row in rows} == set(resources.LIMITS)
     for row in rows:
         assert row["shared"] <= resources.SHARED_LIMIT[architecture] * 1024, row
