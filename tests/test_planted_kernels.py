@@ -5,7 +5,6 @@ planted in a copy of the .cu, and its sanitized sweep runs.
 """
 
 import re
-import shutil
 import subprocess
 import sys
 
@@ -121,7 +120,6 @@ CATCHERS = {
 
 def run_triton(tmp_path, op, name=None):
     package = copy_package(tmp_path)
-    shutil.copytree(ROOT / "kernels", package / "fastlm" / "kernels", ignore=shutil.ignore_patterns("__pycache__"))
     if name is not None:
         kernel = package / "fastlm" / "kernels" / f"{TRITON[name][0]}.py"
         kernel.write_text(altered(ROOT / "kernels", ".py", TRITON[name]))
