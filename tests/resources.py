@@ -49,6 +49,15 @@ def attention(capability):
                          "BLOCK_S": block_s, "BLOCK_D": D}
             label = f"D={D} {block_t}x{block_s}{' tma' * described}{' drop' * (drop > 0)}"
             yield label, dtype, kernel, statistics, constants, {"num_warps": warps, "num_stages": stages}
+    # A launch makes constants of sizes that are 1 and of a seed that is not there: that they compile is shown once.
+    ones_and_none = {"T": 1}, {"S": 1}, {"T": 1, "S": 1, "H": 1, "offset": 1}, {"seed_ptr": None, "CAUSAL": False}
+    for ones in ones_and_none if capability == (9, 0) else ():
+        for name, kernel in kernels.items():
+            block_t, block_s, warps, stages = module._config(name, 64, 2, False, False, capability)
+            constants = {"D": 64, "CAUSAL": True, "DROP": 0, "DESCRIBED": False, "BLOCK_T": block_t,
+                         "BLOCK_S": block_s, "BLOCK_D": 64, **ones}
+            label = "D=64 " + " ".join(f"{key}={value}" for key, value in ones.items())
+            yield label, "bf16", kernel, statistics, constants, {"num_warps": warps, "num_stages": stages}
     for dtype, D in itertools.product(DTYPES, (64, 128)):
         constants = {"D": D, "BLOCK_T": 2048 // D, "BLOCK_D": D}
         yield f"D={D}", dtype, module._attention_delta_kernel, statistics, constants, {}
