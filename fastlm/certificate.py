@@ -45,7 +45,7 @@ def certify(*, model=None, device="cpu", backends=None, seed=0, say=lambda what:
     names = [name for name in BACKENDS if name != "reference" and dispatch.machine_why_not(name) is None
              and device in dispatch.devices(name)]
     for name in backends or ():
-        with dispatch.use(name):
+        with dispatch.use(name):  # raises where it cannot run, before anything is computed
             pass
     names = names if not backends else list(backends)
     if model is None:

@@ -371,12 +371,12 @@ def _scratch(size, alignment, stream):
     return torch.empty(size, dtype=torch.int8, device="cuda")
 
 
-def _launch(kernel, name, rows, q, S, causal, scale, dropout, seed, described, *tensors):
-    """Launches a kernel with the arguments that all three share; `rows`: which of BLOCK_T, BLOCK_S cuts the grid."""
+def _launch(kernel, name, q, S, causal, scale, dropout, seed, described, *tensors):
+    """Launches "fwd", "keys" or "queries" with the arguments that all three share; "keys" cuts the keys into tiles."""
     B, T, H, D = q.shape
     drop = round(dropout * 256)
     block_t, block_s, warps, stages = _config(name, D, q.element_size(), drop > 0, described, _capability(q))
-    count, block = (T, block_t) if rows == "queries" else (S, block_s)
+    count, block = (S, block_s) if name == "keys" else (T, block_t)
     if not B * H * count:
         return
     if described:
@@ -401,7 +401,7 @@ def attention_fwd(q, k, v, causal, scale, dropout, seed):
     lse = torch.empty(B, H, T, dtype=torch.float32, device=q.device)
     described = _describable(_capability(q), q, k, v)
     _launch(
-        _attention_fwd_kernel, "fwd", "queries", q, k.shape[1], causal, scale, dropout, seed, described,
+        _attention_fwd_kernel, "fwd", q, k.shape[1], causal, scale, dropout, seed, described,
         *_strided(o), lse, *_strided(q, k, v),
     )
     return o, lse
@@ -425,8 +425,8 @@ def _attention_bwd(dq, dk, dv, do, q, k, v, o, lse, causal, scale, dropout, seed
             )
     options = S, causal, scale, dropout, seed, _describable(_capability(q), do, q, k, v)
     operands = *_strided(do, q, k, v), lse, delta
-    _launch(_attention_bwd_keys_kernel, "keys", "keys", q, *options, *_strided(dk, dv), *operands)
-    _launch(_attention_bwd_queries_kernel, "queries", "queries", q, *options, *_strided(dq), *operands)
+    _launch(_attention_bwd_keys_kernel, "keys", q, *options, *_strided(dk, dv), *operands)
+    _launch(_attention_bwd_queries_kernel, "queries", q, *options, *_strided(dq), *operands)
 
 
 def attention_qkv_fwd(qkv, causal, scale, dropout, seed):

@@ -1,4 +1,4 @@
-// Causal softmax attention on the tensor cores, forward, in bf16 and fp16; the backward is Triton's.
+// Causal softmax attention on the tensor cores, forward, in bf16 and fp16; the backward is left to other backends.
 //
 //   x[t, s] = scale q[t]·k[s],  p = softmax_s(x),  o[t] = sum_s drop(p)[t, s] v[s],  lse[t] = log sum_s exp(x[t, s])
 //
@@ -31,7 +31,7 @@ __device__ void fetch(T* tile, const T* head, int64_t stride, int64_t first, int
   }
 }
 
-// The running softmax of a lane's two query rows, and the key positions it masks by.
+// The running softmax of a lane's two query rows.
 struct Rows {
   float m[2] = {-INFINITY, -INFINITY}, l[2] = {0.0f, 0.0f};  // l: the sum over this lane's columns alone
 };

@@ -10,7 +10,7 @@ namespace {
 
 constexpr int kThreads = 128;
 
-// Unit: what is copied at once, 1, 2, … 16 bytes' worth of elements; sizes and strides count units.
+// Unit: what is copied at once, an element or 16 bytes of them; D and strides count units.
 template <class Unit>
 __global__ void __launch_bounds__(kThreads) _cache_append_kernel(CacheAppend op) {
   const int64_t b = blockIdx.x / op.T, t = blockIdx.x % op.T, position = op.positions[b * op.stride_pb + t];
