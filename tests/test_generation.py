@@ -1,15 +1,18 @@
 """The generator: the cache, the draws, the limits, text."""
 
+import copy
 import sys
+from contextlib import contextmanager
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastlm
 from fastlm import dispatch
 from fastlm.data.tokenizer import Tokenizer
 from fastlm.generation import KVCache, step, stream_tokens
-from fastlm.generation.sampling import choose, uniforms
+from fastlm.generation.sampling import BAD, choose, uniforms
 from fastlm.philox import philox
 
 LOOP = sys.modules["fastlm.generation.generate"]  # the package has a function of that name
@@ -60,39 +63,79 @@ def test_cached_logits_equal_uncached(model, counts):
             torch.testing.assert_close(logits, whole[:, start:stop], rtol=1e-4, atol=1e-4)
 
 
-def test_a_captured_step_gives_the_same_tokens(model, monkeypatch):
-    """With a stand-in for the CUDA graph: inputs come from, and the output goes to, the same memory each time."""
-    wanted = lists(model.generate(PROMPTS, max_new_tokens=12, temperature=0, num_return_sequences=2))
-    replays = []
+SAMPLED = {"temperature": 0.8, "top_k": 40, "top_p": 0.9, "seed": 2, "stop_at": 7}
+
+
+@pytest.mark.parametrize("options", [{"temperature": 0}, SAMPLED], ids=["greedy", "sampled"])
+def test_a_captured_step_gives_the_same_tokens(model, monkeypatch, options):
+    """With a stand-in for the CUDA graph; outside of it nothing is allocated."""
+    options = {**options, "max_new_tokens": 12, "num_return_sequences": 2}
+    wanted = lists(model.generate(PROMPTS, **options))
+    replays, outside = [], Allocations()
 
     def repeat(run):
         run()  # before the capture, without effect
-        output = run().clone()
 
         def replay():
-            replays.append(output.data_ptr())
-            return output.copy_(run())
+            replays.append(run)
+            with outside.off():
+                run()
 
         return replay
 
+    class CapturedStep(step.Step):
+        def __init__(self, *arguments, captured):
+            assert not captured, "there is no GPU to capture on"
+            super().__init__(*arguments, captured=True)
+
+        def __call__(self):
+            with outside:
+                return super().__call__()
+
     monkeypatch.setattr(step, "capture", repeat)
     monkeypatch.setattr(LOOP, "Step", CapturedStep)
-    assert lists(model.generate(PROMPTS, max_new_tokens=12, temperature=0, num_return_sequences=2)) == wanted
-    assert len(replays) == 11 and len(set(replays)) == 1
+    assert lists(model.generate(PROMPTS, **options)) == wanted
+    assert outside.watched >= len(replays) and not outside.made
+    assert len(replays) == max(map(len, wanted_new(wanted))) - 1
 
 
-class CapturedStep(step.Step):
-    def __init__(self, model, cache, *, captured):
-        assert not captured, "there is no GPU to capture on"
-        super().__init__(model, cache, captured=True)
+def wanted_new(rows):
+    prompts = [prompt for prompt in PROMPTS for _ in range(2)]
+    return [row[len(prompt) :] for prompt, row in zip(prompts, rows)]
+
+
+class Allocations(TorchDispatchMode):
+    """The names of torch's operations under it whose result is not in the memory of an argument."""
+
+    def __init__(self):
+        super().__init__()
+        self.made, self.watched, self._seeing = [], 0, True
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if self._seeing:
+            self.watched += 1
+            given = {a.untyped_storage().data_ptr() for a in args if isinstance(a, torch.Tensor)}
+            if result.untyped_storage().data_ptr() not in given:
+                self.made.append(str(func))
+        return result
+
+    @contextmanager
+    def off(self):
+        self._seeing = False
+        try:
+            yield
+        finally:
+            self._seeing = True
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("options", [{"temperature": 0}, SAMPLED], ids=["greedy", "sampled"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_cuda_graph_gives_the_same_tokens(dtype):
+def test_a_cuda_graph_gives_the_same_tokens(dtype, options):
     torch.manual_seed(3)
     config = fastlm.GPT2Config(vocab_size=257, n_positions=64, n_embd=128, n_layer=2, n_head=2)
-    model, options = fastlm.GPT2(config).eval().to("cuda", dtype), {"temperature": 0, "max_new_tokens": 20}
+    model, options = fastlm.GPT2(config).eval().to("cuda", dtype), {**options, "max_new_tokens": 20}
     graphed = lists(model.generate(PROMPTS, **options))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(LOOP, "WORTH_CAPTURING", 1000)
@@ -259,10 +302,22 @@ def test_greedy_takes_the_lowest_of_equals():
 def test_logits_that_are_no_distribution(value):
     logits = torch.zeros(2, 5)
     logits[1, 3] = value
-    with pytest.raises(RuntimeError, match="row 1 hold NaN or infinity"):
-        choose(logits, 1.0, None, None, torch.zeros(2, dtype=torch.float64))
-    with pytest.raises(RuntimeError, match="row 0"):
-        choose(torch.full((1, 5), float("-inf")), 0, None, None, None)
+    draws = torch.zeros(2, dtype=torch.float64)
+    for temperature, top_k, top_p in [(1.0, None, None), (1.0, 2, 0.9), (0, None, None)]:
+        assert choose(logits, temperature, top_k, top_p, draws).tolist() == [0, BAD]
+    assert choose(torch.full((1, 5), float("-inf")), 0, None, None, None).tolist() == [BAD]
+
+
+def test_a_model_gone_bad_is_told(model):
+    """A row that has ended no longer counts."""
+    bad = copy.deepcopy(model)
+    with torch.no_grad():
+        bad.transformer.wpe.weight[9:] = float("nan")
+    options = {"max_new_tokens": 6, "temperature": 0}
+    assert [len(row) for row in bad.generate(PROMPTS[:1], **options)] == [7]
+    with pytest.raises(RuntimeError, match="the logits of row 1 hold NaN or infinity; are the model's weights good"):
+        bad.generate(PROMPTS, **options)
+    assert [len(row) for row in bad.generate(PROMPTS[:2], max_length=10, temperature=0)] == [10, 10]
 
 
 def test_extreme_draws_stay_inside():

@@ -1,6 +1,5 @@
 """The loop that continues prompts: one prefill of all of them, then a token a step for every row."""
 
-import itertools
 from collections.abc import Iterable
 from contextlib import contextmanager
 from numbers import Integral
@@ -11,7 +10,7 @@ import torch.nn.functional as F
 from fastlm import dispatch
 from fastlm.generation.cache import KVCache
 from fastlm.generation.sampling import check_sampling, choose, uniforms
-from fastlm.generation.step import Step
+from fastlm.generation.step import ENDED, Step
 
 END = "end of text"
 USUAL = 50  # new tokens, where nothing is asked for
@@ -61,13 +60,13 @@ def stream_tokens(
     dispatch.forced("decode_attention")  # a backend of FASTLM_BACKEND that this machine lacks says so now
     seed = int(torch.randint(2**62, ())) if seed is None else int(seed)
 
-    def pick(logits, uniform):
+    def draw(logits, uniform):
         return choose(logits[:, :vocab_size], temperature, top_k, top_p, uniform)
 
-    return _run(model, prompts, room, n, pick, seed, stop)
+    return _run(model, prompts, room, n, draw, seed, stop)
 
 
-def _run(model, prompts, room, n, pick, seed, stop):
+def _run(model, prompts, room, n, draw, seed, stop):
     left = [count for count in room for _ in range(n)]  # tokens each row may still write
     capacity = max(len(prompt) + count for prompt, count in zip(prompts, room))
     with _evaluating(model):
@@ -76,17 +75,16 @@ def _run(model, prompts, room, n, pick, seed, stop):
         if n > 1:
             cache.repeat(n)
         uniform = uniforms(seed, len(prompts), n, max(left), model.device)
-        decode = Step(model, cache, captured=model.device.type == "cuda" and max(left) >= WORTH_CAPTURING)
-    for step in itertools.count():
-        with _evaluating(model):
-            new = pick(logits, uniform[:, step])
-        ids = [token if count else -1 for token, count in zip(new.tolist(), left)]
-        left = [0 if token in (stop, -1) else count - 1 for token, count in zip(ids, left)]
+        captured = model.device.type == "cuda" and max(left) >= WORTH_CAPTURING
+        step = Step(model, cache, draw, uniform, stop, captured=captured)
+        ids = step.first(logits, left)
+    while True:
+        left = [0 if token in (stop, ENDED) else count - 1 for token, count in zip(ids, left)]
         yield ids
         if not any(left):
             return
         with _evaluating(model):
-            logits = decode(new, left)
+            ids = step()
 
 
 def _prefill(model, prompts, cache):

@@ -11,6 +11,8 @@ import torch
 
 from fastlm.philox import philox
 
+BAD = -2  # in place of a token
+
 
 def check_sampling(temperature, top_k, top_p, seed):
     """Raises ValueError for settings that describe no draw."""
@@ -38,19 +40,15 @@ def uniforms(seed, prompts, sequences, steps, device):
 
 
 def choose(logits, temperature, top_k, top_p, uniform):
-    """The next token of every row, int64 (B,), always below V.
+    """The next token of every row, int64 (B,), below V; BAD where a row is no distribution (NaN, +inf, all -inf).
 
     logits (B, V); temperature 0 takes the largest (the lowest id of equals), otherwise uniform (B,), fp64 in
     [0, 1), decides. Equals of the top_k-th are kept; of equals at the border of top_p the lowest ids are.
-    Raises RuntimeError where a row is no distribution (NaN, +inf, or all -inf).
     """
     top, first = logits.float().max(dim=-1)
     good = torch.isfinite(top)  # the maximum of a row with NaN is NaN
-    if not good.all():
-        row = int((~good).nonzero()[0])
-        raise RuntimeError(f"the logits of row {row} hold NaN or infinity; are the model's weights good?")
     if temperature == 0:
-        return first
+        return torch.where(good, first, BAD)
     # In fp64, and with a largest of 0, no temperature overflows or is rounded to 0.
     logits = (logits.double() - top[:, None]) / temperature
     if top_k is not None and top_k < logits.shape[-1]:
@@ -64,4 +62,4 @@ def choose(logits, temperature, top_k, top_p, uniform):
     drawn = torch.searchsorted(total, uniform[:, None] * total[:, -1:], right=True)[:, 0]
     # Where the product rounds up to the total it is the last id that has a probability.
     last = p.shape[-1] - 1 - (p > 0).flip(-1).int().argmax(-1)
-    return torch.minimum(drawn, last)
+    return torch.where(good, torch.minimum(drawn, last), BAD)
