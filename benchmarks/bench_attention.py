@@ -1,41 +1,72 @@
-"""Causal attention forward and backward at GPT-2's head size beside PyTorch's own fused kernel.
+"""Causal attention at GPT-2's head size beside PyTorch's fused kernels, each pinned.
 
-    pytest benchmarks/bench_attention.py --benchmark-enable --benchmark-group-by=param:shape
-
-FLOPs: 2 · B · H · T² · D forward (half of the square is masked), 5 · B · H · T² · D backward.
+FLOPs: 2 · B · H · T² · D forward (half of the square is masked), 5 · B · H · T² · D backward. Least traffic: q, k, v
+and o once forward; the same, do and three gradients backward.
 """
 
-import pytest
 import torch
 import torch.nn.functional as F
-from conftest import close, native_backends
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fastlm
 
-SHAPES = {"124M T=1024": (1, 1024, 12, 64), "baby T=64": (12, 64, 4, 32)}
+from .harness import DTYPES, Case
+
+SHAPES = {
+    "cpu": [{"B": 1, "T": 1024, "H": 12, "D": 64}, {"B": 12, "T": 64, "H": 4, "D": 32}],
+    "cuda": [{"B": 16384 // T, "T": T, "H": H, "D": 64} for H in (12, 16, 20, 25) for T in (1024, 2048, 4096, 8192)],
+}
+PINNED = {
+    "cuDNN": SDPBackend.CUDNN_ATTENTION, "FlashAttention-2": SDPBackend.FLASH_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+}
 
 
-def sdpa(qkv):
-    q, k, v = qkv.permute(2, 0, 3, 1, 4)
+def cases(shape, dtype, device):
+    B, T, H, D = shape.values()
+    one, scores = B * T * H * D * DTYPES[dtype].itemsize, H * T * T * 8
+    whole = one + B * H * T * T * 8 if device == "cpu" else one
+    for part, tensors, flops in (("forward", 4, 2), ("forward + backward", 12, 7)):
+        backward = part != "forward"
+
+        def operands(B=B, backward=backward):
+            qkv = torch.randn(B, T, 3, H, D, device=device, dtype=DTYPES[dtype]).requires_grad_(backward)
+            return qkv, torch.randn(B, T, H, D, device=device, dtype=DTYPES[dtype])
+
+        peers = {"SDPA" if device == "cpu" else "SDPA, math": _results(_math if device == "cuda" else _sdpa, backward)}
+        if device == "cuda":
+            peers |= {name: _results(_pinned(kernel), backward) for name, kernel in PINNED.items()}
+        yield Case(
+            op="attention", part=part, shape=shape, dtype=dtype, bytes=tensors * one, flops=flops * B * H * T * T * D,
+            memory=20 * one + 8 * scores + whole, operands=operands, check=lambda make=operands: make(min(B, 1)),
+            ours=_results(fastlm.attention_qkv, backward), peers=peers,
+        )
+
+
+def _results(attention, backward):
+    def run(qkv, do):
+        o = attention(qkv)
+        return {"o": o, "dqkv": torch.autograd.grad(o, qkv, do)[0]} if backward else {"o": o}
+
+    return run
+
+
+def _sdpa(qkv):
+    q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, H, T, D) each
     return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("what", ["forward", "both"])
-@pytest.mark.parametrize("backend", [*native_backends("attention"), "sdpa"])
-def bench_attention(benchmark, device, backend, what, shape):
-    B, T, H, D = SHAPES[shape]
-    torch.manual_seed(0)
-    qkv = torch.randn(B, T, 3, H, D, device=device, requires_grad=what == "both")
-    do = torch.randn(B, T, H, D, device=device)
-    run = sdpa if backend == "sdpa" else fastlm.attention_qkv
-    with fastlm.use(attention=None if backend == "sdpa" else backend):
-        close(run(qkv.detach()), sdpa(qkv.detach()))
+def _pinned(kernel):
+    def run(qkv):
+        with sdpa_kernel(kernel):
+            return _sdpa(qkv)
 
-        def step():
-            qkv.grad = None
-            o = run(qkv)
-            if what == "both":
-                o.backward(do)
+    return run
 
-        benchmark.pedantic(step, rounds=20, warmup_rounds=3)
+
+def _math(qkv):
+    return _pinned(SDPBackend.MATH)(qkv)
+
+
+def bench_attention(contest):
+    contest()

@@ -1,30 +1,46 @@
-"""cache_append_: a prompt's keys and values into the pages of the cache, beside one plain copy of as many bytes.
+"""cache_append_: a prompt's keys and values into the pages of the cache, beside a plain copy of as many bytes.
 
-    pytest benchmarks/bench_cache_append.py --benchmark-enable
-
-Least traffic: 4 · B · T · C · 4 bytes, read once and written once (100 MB at B = 8, T = 1024, C = 768, fp32).
+Least traffic: 2 · B · T · H · D elements, read once and written once.
 """
 
-import pytest
 import torch
-from conftest import close, native_backends
 
 import fastlm
 
-B, T, H, D, PAGE = 8, 1024, 12, 64, 128
+from .harness import DTYPES, Case
+
+PAGE = 64
+SHAPES = {
+    "cpu": [{"B": 8, "T": 1024, "H": 12, "D": 64}],
+    "cuda": [{"B": B, "T": T, "H": 12, "D": 64} for B, T in ((8, 1024), (64, 512), (256, 1))],
+}
 
 
-@pytest.mark.parametrize("backend", [*native_backends("cache_append"), "copy"])
-def bench_cache_append(benchmark, device, backend):
-    torch.manual_seed(0)
-    k, v = torch.randn(2, B, T, H, D, device=device).unbind(0)
-    pages = [torch.zeros(B * T // PAGE, PAGE, H, D, device=device) for _ in range(2)]
-    if backend == "copy":
-        benchmark.pedantic(lambda: (pages[0].copy_(k.view_as(pages[0])), pages[1].copy_(v.view_as(pages[1]))),
-                           rounds=20, warmup_rounds=3)
-        return
-    table = torch.arange(B * T // PAGE, dtype=torch.int32, device=device).view(B, -1)
-    positions = torch.arange(T, dtype=torch.int32, device=device).expand(B, T)
-    with fastlm.use(cache_append=backend):
-        benchmark.pedantic(fastlm.cache_append_, (*pages, k, v, table, positions), rounds=20, warmup_rounds=3)
-        close(pages[0].view_as(k), k)
+def cases(shape, dtype, device):
+    B, T, H, D = shape.values()
+    new = 2 * B * T * H * D * DTYPES[dtype].itemsize
+    per_row = -(-T // PAGE)
+
+    def operands():
+        pages = [torch.zeros(B * per_row, PAGE, H, D, device=device, dtype=DTYPES[dtype]) for _ in range(2)]
+        k, v = (torch.randn(B, T, H, D, device=device, dtype=DTYPES[dtype]) for _ in range(2))
+        table = torch.arange(B * per_row, dtype=torch.int32, device=device).view(B, per_row)
+        return *pages, k, v, table, torch.arange(T, dtype=torch.int32, device=device).expand(B, T)
+
+    def append(k_pages, v_pages, k, v, table, positions):
+        fastlm.cache_append_(k_pages, v_pages, k, v, table, positions)
+        return {"k_pages": k_pages, "v_pages": v_pages}
+
+    def copy(k_pages, v_pages, k, v, table, positions):
+        for pages, new in ((k_pages, k), (v_pages, v)):
+            pages.view(B, -1, H, D)[:, :T].copy_(new)
+        return {"k_pages": k_pages, "v_pages": v_pages}
+
+    yield Case(
+        op="cache_append", part="forward", shape=shape, dtype=dtype, bytes=2 * new, flops=0,
+        memory=10 * new, operands=operands, ours=append, peers={"plain copy": copy},
+    )
+
+
+def bench_cache_append(contest):
+    contest()

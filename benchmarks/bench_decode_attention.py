@@ -1,36 +1,43 @@
 """decode_attention: one new token a sequence over a paged cache, beside PyTorch's attention over a contiguous one.
 
-    pytest benchmarks/bench_decode_attention.py --benchmark-enable --benchmark-group-by=param:B
-
-Least traffic: every key and value once, 2 · B · S · C · 4 bytes (50 MB at B = 8, S = 1024, C = 768, fp32).
+Least traffic: every key and value once, 2 · B · S · H · D elements read.
 """
 
-import pytest
 import torch
 import torch.nn.functional as F
-from conftest import close, native_backends
 
 import fastlm
 
-S, H, D, PAGE = 1024, 12, 64, 128
+from .harness import DTYPES, Case
+
+PAGE = 64
+SHAPES = {
+    "cpu": [{"B": B, "S": 1024, "H": 12, "D": 64} for B in (1, 8)],
+    "cuda": [{"B": B, "S": S, "H": 12, "D": 64} for B, S in ((1, 1024), (8, 1024), (64, 512), (256, 512), (1024, 512))],
+}
 
 
-def sdpa(q, k, v):
-    return F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)
+def cases(shape, dtype, device):
+    B, S, H, D = shape.values()
+    cache = 2 * B * S * H * D * DTYPES[dtype].itemsize
+    per_row = -(-S // PAGE)
+
+    def operands(B=B):
+        k, v = (torch.randn(B * per_row, PAGE, H, D, device=device, dtype=DTYPES[dtype]) for _ in range(2))
+        q = torch.randn(B, 1, H, D, device=device, dtype=DTYPES[dtype])
+        table = torch.arange(B * per_row, dtype=torch.int32, device=device).view(B, per_row)
+        return q, k, v, table, torch.full((B,), S, dtype=torch.int32, device=device)
+
+    def sdpa(q, k, v, table, lengths):
+        k, v = (pages.view(q.shape[0], -1, H, D)[:, :S].transpose(1, 2) for pages in (k, v))  # (B, H, S, D)
+        return {"o": F.scaled_dot_product_attention(q.transpose(1, 2), k, v).transpose(1, 2)}
+
+    yield Case(
+        op="decode_attention", part="forward", shape=shape, dtype=dtype, bytes=cache, flops=4 * B * H * S * D,
+        memory=8 * cache + 2**26, operands=operands, check=lambda: operands(min(B, 8)),
+        ours=lambda *operands: {"o": fastlm.decode_attention(*operands)}, peers={"SDPA": sdpa}, traffic="read",
+    )
 
 
-@pytest.mark.parametrize("B", [1, 8])
-@pytest.mark.parametrize("backend", [*native_backends("decode_attention"), "sdpa"])
-def bench_decode_attention(benchmark, device, backend, B):
-    torch.manual_seed(0)
-    q = torch.randn(B, 1, H, D, device=device)
-    k, v = torch.randn(2, B, S, H, D, device=device).unbind(0)
-    if backend == "sdpa":
-        benchmark.pedantic(sdpa, (q, k, v), rounds=50, warmup_rounds=5)
-        return
-    pages = [cache.reshape(-1, PAGE, H, D) for cache in (k, v)]
-    table = torch.arange(B * S // PAGE, dtype=torch.int32, device=device).view(B, -1)
-    lengths = torch.full((B,), S, dtype=torch.int32, device=device)
-    with fastlm.use(decode_attention=backend):
-        close(fastlm.decode_attention(q, *pages, table, lengths), sdpa(q, k, v))
-        benchmark.pedantic(fastlm.decode_attention, (q, *pages, table, lengths), rounds=50, warmup_rounds=5)
+def bench_decode_attention(contest):
+    contest()

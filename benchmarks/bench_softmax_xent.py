@@ -1,65 +1,60 @@
-"""softmax_xent forward and backward at GPT-2's vocabulary beside eager and compiled PyTorch.
+"""softmax_xent, loss and gradient, beside what PyTorch users have.
 
-    pytest benchmarks/bench_softmax_xent.py --benchmark-enable --benchmark-group-by=func
-
-Least traffic: one read and one write of the logits, 2 · N · V · 4 bytes (412 MB at N = 1024, V = 50257, fp32).
+Least traffic: one read and one write of the logits, 2 · N · V elements.
 """
 
-import pytest
+import importlib.util
+
 import torch
 import torch.nn.functional as F
-from conftest import close, native_backends
 
 import fastlm
 
-N, V = 1024, 50257
+from .harness import DTYPES, Case
+
+SHAPES = {
+    "cpu": [{"N": 1024, "V": 50257}],
+    "cuda": [{"N": N, "V": 50257} for N in (8192, 16384, 32768, 65536)],
+}
 
 
-def ours(x, y):
-    loss = fastlm.softmax_xent(x, y)
-    loss.backward()
-    return loss
+def cases(shape, dtype, device):
+    N, V = shape["N"], shape["V"]
+    matrix = N * V * DTYPES[dtype].itemsize
+
+    def operands(rows=N):
+        x = torch.randn(rows, V, device=device, dtype=DTYPES[dtype]).requires_grad_()
+        return x, torch.randint(V, (rows,), device=device)
+
+    yield Case(
+        op="softmax_xent", part="forward + backward", shape=shape, dtype=dtype, bytes=2 * matrix, flops=0,
+        memory=6 * matrix + 4 * min(N, 2048) * V * 8, operands=operands, check=lambda: operands(min(N, 2048)),
+        ours=_results(fastlm.softmax_xent),
+        peers={"eager": _results(F.cross_entropy), "torch.compile": _results(torch.compile(F.cross_entropy)),
+               **({"Liger": _results(_liger)} if _liger_reason(device) is None else {})},
+        absent={} if (reason := _liger_reason(device)) is None else {"Liger": reason},
+    )
 
 
-def eager(x, y):
-    loss = F.cross_entropy(x, y)
-    loss.backward()
-    return loss
+def _results(loss_of):
+    def run(x, y):
+        loss = loss_of(x, y)
+        return {"loss": loss[None], "dx": torch.autograd.grad(loss, x)[0]}
+
+    return run
 
 
-@pytest.fixture
-def batch(device):
-    torch.manual_seed(0)
-    return torch.randn(N, V, device=device, requires_grad=True), torch.randint(V, (N,), device=device)
+def _liger(x, y):
+    from liger_kernel.transformers.functional import liger_cross_entropy
+
+    return liger_cross_entropy(x * 1, y)  # it writes the gradient over its input
 
 
-def _measure(benchmark, step, batch):
-    x, y = batch
-    close(step(x, y), F.cross_entropy(x.detach(), y), 1e-5)
-
-    def run():
-        x.grad = None
-        step(x, y)
-
-    benchmark.pedantic(run, rounds=10, warmup_rounds=2)
+def _liger_reason(device):
+    if device == "cpu":
+        return "runs on a GPU only"
+    return None if importlib.util.find_spec("liger_kernel") else "not installed: pip install liger-kernel"
 
 
-@pytest.mark.parametrize("backend", native_backends("softmax_xent"))
-def bench_ours(benchmark, batch, backend):
-    with fastlm.use(softmax_xent=backend):
-        _measure(benchmark, ours, batch)
-
-
-def bench_eager(benchmark, batch):
-    _measure(benchmark, eager, batch)
-
-
-def bench_compiled(benchmark, batch):
-    compiled = torch.compile(F.cross_entropy)
-
-    def step(x, y):
-        loss = compiled(x, y)
-        loss.backward()
-        return loss
-
-    _measure(benchmark, step, batch)
+def bench_softmax_xent(contest):
+    contest()

@@ -1,28 +1,38 @@
-"""What every benchmark shares: the backends that run natively here, and a check against the reference first."""
+"""pytest-benchmark as the runner: `pytest benchmarks --benchmark-enable` times every contender of every case.
+
+`fastlm bench` times the same ones in turn, with roofs and errors; here they run one after another.
+"""
+
+import functools
 
 import pytest
 import torch
 
-from fastlm import dispatch, ops  # noqa: F401  ops fills the table
+from fastlm import dispatch
+
+from . import harness
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def native_backends(family, *, but=("reference",)):
-    """The backends of an op that run natively (not interpreted) on this machine, best guess first."""
-    row = next(row for row in dispatch.TABLE.values() if row.family == family)
-    return [
-        name for name in row.kernels
-        if name not in but and dispatch.why_not(row.name, name) is None and DEVICE in dispatch.devices(name)
-    ]
+def pytest_generate_tests(metafunc):
+    if "contestants" in metafunc.fixturenames:
+        cases = harness.suite([metafunc.module.__name__.split("bench_")[-1]], device=DEVICE)
+        pairs = [(case, name) for case in cases for name in harness.contenders(case, DEVICE)]
+        metafunc.parametrize("contestants", pairs, ids=[f"{case.name}/{name}" for case, name in pairs])
 
 
 @pytest.fixture
-def device():
-    return DEVICE
+def contest(benchmark, contestants):
+    case, name = contestants
+    function = harness.contenders(case, DEVICE)[name]
 
+    def run():
+        benchmark.group = case.name
+        with dispatch.use(**{case.op: getattr(function, "backend", None)}):
+            call = functools.partial(function, *case.operands())
+            benchmark.pedantic(call, rounds=10, warmup_rounds=2)
+            if DEVICE == "cuda":
+                torch.cuda.synchronize()
 
-def close(got, wanted, tolerance=2e-3):
-    """Fails the benchmark where its op is wrong: a figure without this check is worth nothing."""
-    error = (got.float() - wanted.float()).abs().max() / wanted.float().abs().max()
-    assert error < tolerance, f"error {float(error):.1e} of the largest value, allowed {tolerance}"
+    return run

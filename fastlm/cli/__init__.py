@@ -4,7 +4,7 @@ import sys
 
 import typer
 
-from fastlm.cli import check, data, demo, doctor, generate, train
+from fastlm.cli import bench, check, data, demo, doctor, generate, train
 
 app = typer.Typer(
     name="fastlm",
@@ -19,6 +19,7 @@ app.command("generate")(generate.generate)
 app.add_typer(data.app, name="data")
 app.command("doctor")(doctor.doctor)
 app.command("check")(check.check)
+app.command("bench")(bench.bench)
 
 
 def main():

@@ -1,0 +1,262 @@
+"""The harness: every contender is checked against fp64, then all are timed in turn, and each figure gets its roof.
+
+A bench file states its cases: operands, bytes and FLOPs, our op, and peers that compute the same results. Here they
+are run, and become rows:
+
+    of_roof   the seconds that the bytes or the FLOPs need at this machine's roof, over the median
+    error     largest (or mean) error against fp64, over what the numerics policy allows
+"""
+
+import functools
+import importlib
+import json
+import math
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+import fastlm.ops  # noqa: F401  fills dispatch's table
+from fastlm import dispatch
+from fastlm.measure.clock import NOISY, race, sets_beyond_cache
+from fastlm.measure.roofs import DTYPES, device_name
+from fastlm.numerics import compare
+
+OPS = ("softmax_xent", "attention", "decode_attention", "cache_append")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One op at one shape: what it works on, what it costs, and who takes part.
+
+    operands() gives random operands, another set each time; ours and every peer take them and return their results by
+    name (a gradient's begins with d). check() gives the operands of the comparison with fp64, smaller ones where the
+    truth of the whole would not fit.
+    """
+
+    op: str
+    part: str  # "forward", "forward + backward"
+    shape: dict[str, int]
+    dtype: str
+    bytes: int  # that must move
+    flops: int
+    memory: int  # bytes that operands, results and the check take
+    operands: Callable
+    ours: Callable
+    peers: dict[str, Callable] = field(default_factory=dict)
+    absent: dict[str, str] = field(default_factory=dict)  # peer → the sentence why it does not take part
+    check: Callable | None = None
+    traffic: str = "copy"  # or "read": the roof that the bytes have
+
+    @property
+    def name(self):
+        return f"{self.op} {self.part} {self.dtype} " + " ".join(f"{k}={v}" for k, v in self.shape.items())
+
+
+def suite(ops=None, *, device="cpu", shape=None, dtypes=None):
+    """The cases of the ops (all unless given) on a device, at `shape` (letters → sizes) or at the usual ones.
+
+    Raises ValueError for an unknown op or dtype, or for a letter that an op does not have.
+    """
+    for op in ops or ():
+        if op not in OPS:
+            raise ValueError(f"no op {op!r} to measure; there are {', '.join(OPS)}")
+    for dtype in dtypes or ():
+        if dtype not in DTYPES:
+            raise ValueError(f"no dtype {dtype!r}, wanted {', '.join(DTYPES)}")
+    cases = []
+    for op in ops or OPS:
+        module = importlib.import_module(f".bench_{op}", __package__)
+        usual = module.SHAPES["cuda" if torch.device(device).type == "cuda" else "cpu"]
+        for letter, size in (shape or {}).items():
+            if letter not in usual[0]:
+                raise ValueError(f"{op} has no size {letter!r}; it has {', '.join(usual[0])}")
+            if size < 1:
+                raise ValueError(f"{op}: size {letter} is {size}, wanted ≥ 1")
+        shapes = [{**usual[0], **shape}] if shape else usual
+        for sizes in shapes:
+            for dtype in dtypes or ("fp32", "bf16"):
+                cases += module.cases(sizes, dtype, device)
+    return cases
+
+
+def contenders(case, device):
+    """name → function of the operands, ours first as "fastlm <backend>"; and the backend that dispatch chooses."""
+    found = {}
+    for backend in dispatch.backends_of(case.op):
+        natively = device in dispatch.devices(backend) and os.environ.get("TRITON_INTERPRET") != "1"
+        if backend != "reference" and (natively or backend != "triton") and dispatch.machine_why_not(backend) is None:
+            if device in dispatch.devices(backend):
+                found[f"fastlm {backend}"] = _forcing(case, backend)
+    return {**found, **case.peers}
+
+
+def _forcing(case, backend):
+    def run(*operands):
+        return case.ours(*operands)
+
+    run.backend = backend
+    return run
+
+
+def measure(case, device, roofs, *, seconds=1.0, cold=True):
+    """Rows (dicts) of a case: a row of each contender, with its figures, or with `refused`: a sentence.
+
+    cold: operands go in a circle longer than the cache. Raises ValueError where the case does not fit into memory,
+    before anything is allocated.
+    """
+    plan(case, device)
+    torch.manual_seed(0)
+    operands = (case.check or case.operands)()
+    truth, composed = _reference(case, [_double(x) for x in operands]), _reference(case, operands)
+    rows, racing = [], {}
+    for name, function in contenders(case, device).items():
+        row = {"op": case.op, "part": case.part, "dtype": case.dtype, "shape": case.shape, "cold": cold,
+               "contender": name, "ours": hasattr(function, "backend")}
+        rows.append(row)
+        try:
+            with _use(case, function):
+                row["error"] = max(_ratio(got, composed[what], truth[what], what[0] == "d")
+                                   for what, got in function(*operands).items())
+        except (RuntimeError, NotImplementedError) as error:
+            row["refused"] = _first_line(error)
+            continue
+        if not row["error"] <= 1 and row["ours"]:
+            row["wrong"] = True  # a wrong kernel has no speed
+            continue
+        racing[name] = function
+    del operands, truth, composed
+    sets = [case.operands()]
+    if cold:
+        size = sum(x.nbytes for x in sets[0] if isinstance(x, torch.Tensor))
+        sets += [case.operands() for _ in range(min(sets_beyond_cache(size, device), 64) - 1)]
+    chosen = _chosen(case, sets[0])
+    calls = {name: [functools.partial(function, *operands) for operands in sets] for name, function in racing.items()}
+    with dispatch.use(**{case.op: None}):  # undone at the end
+        times = race(calls, device=device, seconds=seconds, before=lambda name: _use(case, racing[name]))
+    floor = roofs.floor(bytes=case.bytes, flops=case.flops, dtype=case.dtype, traffic=case.traffic)
+    for row in rows:
+        if (taken := times.get(row["contender"])) is not None:
+            row |= {
+                "median_us": taken.median * 1e6, "spread": taken.spread, "noisy": taken.spread > NOISY,
+                "gb_per_s": case.bytes / taken.median * 1e-9, "tflop_per_s": case.flops / taken.median * 1e-12,
+                "of_roof": floor / taken.median, "chosen": row["contender"] == f"fastlm {chosen}",
+                "samples_us": [round(sample * 1e6, 3) for sample in taken.samples],
+            }
+    rows += [{"op": case.op, "part": case.part, "dtype": case.dtype, "shape": case.shape, "cold": cold,
+              "contender": name, "ours": False, "refused": why} for name, why in case.absent.items()]
+    return rows
+
+
+def head(device):
+    """What a reader must know of a run: device, versions, commit, date, load."""
+    packages = {}
+    for name in ("torch", "triton", "transformers"):
+        try:
+            packages[name] = version(name)
+        except PackageNotFoundError:
+            packages[name] = None
+    return {
+        "device": device_name(device), "kind": torch.device(device).type, "threads": torch.get_num_threads(),
+        "python": platform.python_version(), **packages, "fastlm": version("fastlm"), "commit": commit(),
+        "date": time.strftime("%Y-%m-%d %H:%M:%S %z"), "load": round(os.getloadavg()[0], 2),
+    }
+
+
+def commit():
+    """The commit of the checkout this file lies in, with + where files were changed; None outside of one."""
+    here = Path(__file__).resolve().parent
+    git = ["git", "-C", str(here)]
+    try:
+        name = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, timeout=10)
+        changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    if name.returncode:
+        return None
+    return name.stdout.strip() + ("+" if changed.stdout.strip() else "")
+
+
+def write(path, head, roofs, rows):
+    """Writes a results file whole or not at all."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    partial.write_text(json.dumps({"head": head, "roofs": roofs, "rows": rows}, indent=1) + "\n")
+    partial.replace(path)
+
+
+def read(path):
+    """A results file as a dict of head, roofs and rows; ValueError where it is none."""
+    try:
+        found = json.loads(Path(path).read_text())
+        good = isinstance(found, dict) and {"head", "roofs", "rows"} <= found.keys() and all(
+            isinstance(row, dict) and {"op", "part", "dtype", "shape", "contender"} <= row.keys()
+            for row in found["rows"])
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} is no results file: {error}; measure again with fastlm bench --out") from None
+    if not good:
+        raise ValueError(f"{path} is no results file: it lacks head, roofs or rows; measure again")
+    return found
+
+
+def plan(case, device):
+    """Raises ValueError where a case does not fit into the memory that is free."""
+    free = free_memory(device)
+    if case.memory > free:
+        raise ValueError(
+            f"{case.name} needs about {case.memory / 2**30:.1f} GiB and {free / 2**30:.1f} GiB are free; "
+            "choose smaller sizes with --shape"
+        )
+
+
+def free_memory(device):
+    """Bytes that may still be allocated on a device."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            return next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return math.inf
+
+
+# ---- the parts of `measure`
+
+
+def _reference(case, operands):
+    with dispatch.use(**{case.op: "reference"}):
+        return {name: value.detach() for name, value in case.ours(*operands).items()}
+
+
+def _double(x):
+    if not (isinstance(x, torch.Tensor) and x.is_floating_point()):
+        return x
+    return x.detach().double().requires_grad_(x.requires_grad)
+
+
+def _use(case, function):
+    return dispatch.use(**{case.op: getattr(function, "backend", None)})
+
+
+def _chosen(case, operands):
+    with dispatch.record() as calls:
+        case.ours(*operands)
+    return next(backend for (name, backend) in calls if dispatch.TABLE[name].family == case.op)
+
+
+def _ratio(got, composed, truth, backward):
+    try:
+        return compare(got.detach(), composed, truth, backward=backward).ratio
+    except AssertionError:  # NaN or infinity out of place
+        return math.inf
+
+
+def _first_line(error):
+    return str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__

@@ -1,0 +1,169 @@
+"""`fastlm bench`: every op on every backend beside its peers, checked first, with its share of this machine's roof."""
+
+import re
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def bench(
+    ops: Annotated[list[str] | None, typer.Argument(help="The ops to measure; all of them else.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    shape: Annotated[str | None, typer.Option(help="Sizes in place of the usual, e.g. N=512,V=50257.")] = None,
+    dtype: Annotated[list[str] | None, typer.Option(help="fp32, bf16 or fp16; may be repeated.")] = None,
+    seconds: Annotated[float, typer.Option(help="For every contender of a case.")] = 1.0,
+    fresh_roofs: Annotated[bool, typer.Option("--fresh-roofs", help="Measure this machine's roofs again.")] = False,
+    warm: Annotated[bool, typer.Option("--warm", help="The same operands each time, not beyond the cache.")] = False,
+    out: Annotated[Path | None, typer.Option(help="Write the results there, as JSON.")] = None,
+    compare: Annotated[str | None, typer.Option(help="A results file or a commit with one: exit 1 if slower.")] = None,
+    bound: Annotated[float, typer.Option(help="Slower than that share is a regression, noise allowed for.")] = 0.10,
+):
+    """Measure the ops beside their peers, all in turn in one run. Exit code 1 where a kernel of ours is wrong."""
+    import torch
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from fastlm.benchmarks import harness
+    from fastlm.benchmarks.compare import changes
+    from fastlm.measure.roofs import roofs
+
+    if device not in ("auto", "cpu", "cuda"):
+        raise ValueError(f"--device is {device!r}, wanted auto, cpu or cuda")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device is cuda, but this machine has no CUDA GPU that torch can use")
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if not 0 < seconds < 3600:
+        raise ValueError(f"--seconds is {seconds}, wanted a number above 0")
+    former = None if compare is None else harness.read(_results_of(compare))
+    cases = harness.suite(ops, device=device, shape=_sizes(shape), dtypes=dtype)
+    for case in cases:
+        harness.plan(case, device)
+    console, rows = Console(), []
+    with Progress(console=console, transient=True) as progress:
+        task = progress.add_task("this machine's roofs", total=len(cases))
+        roof = roofs(device, fresh=fresh_roofs)
+        about = harness.head(device)
+        console.print(f"{about['device']}, {_roofs_line(roof)}", highlight=False)
+        if about["load"] > 0.5 * about["threads"] and device == "cpu":
+            console.print(f"[yellow]the machine is busy (load {about['load']}): expect noise[/]")
+
+        def measure(case):
+            progress.update(task, description=case.name)
+            return harness.measure(case, device, roof, seconds=seconds, cold=not warm)
+
+        for case in cases:
+            new = measure(case)
+            rows += new
+            _show_case(progress.console, case, new)
+            progress.advance(task)
+            if out is not None:  # after every case: an interruption loses nothing
+                harness.write(out, about, vars(roof), rows)
+        found = []
+        if former is not None:
+            found = changes(former["rows"], rows)
+            for case in [case for case in cases if any(_slower(change, case, bound) for change in found)]:
+                again = changes(former["rows"], measure(case))  # what is slower once may be chance
+                found = [min([old, *(new for new in again if new.name == old.name)], key=lambda one: one.change)
+                         for old in found]
+    console.print(LEGEND, style="dim", highlight=False)
+    if out is not None:
+        console.print(f"\nwrote {out}", highlight=False)
+    if former is not None:
+        _show_changes(console, found, bound, former["head"])
+    if any(row.get("wrong") for row in rows) or any(change.verdict(bound) == "slower" for change in found):
+        raise typer.Exit(1)
+
+
+def _slower(change, case, bound):
+    return change.verdict(bound) == "slower" and change.case[:4] == (
+        case.op, case.part, case.dtype, tuple(case.shape.items()))
+
+
+def _sizes(text):
+    """{"N": 512, "V": 50257} of "N=512,V=50257"."""
+    if text is None:
+        return None
+    if bad := [part for part in text.split(",") if not re.fullmatch(r"\s*[A-Z]\s*=\s*\d+\s*", part)]:
+        raise ValueError(f"--shape: got {bad[0]!r}, wanted letters and sizes, e.g. N=512,V=50257")
+    return {letter.strip(): int(size) for letter, size in (part.split("=") for part in text.split(","))}
+
+
+def _results_of(wanted):
+    """The results file that --compare names, itself or by its commit."""
+    from fastlm.benchmarks import harness
+
+    if Path(wanted).is_file():
+        return Path(wanted)
+    folder = Path(harness.__file__).parent / "results"
+    for path in sorted(folder.glob("*.json"), key=lambda path: path.stat().st_mtime, reverse=True):
+        try:
+            commit = harness.read(path)["head"].get("commit")
+        except ValueError:  # of another program
+            continue
+        if commit and re.fullmatch("[0-9a-f]{7,40}", wanted) and commit.startswith(wanted[:7]):
+            return path
+    raise ValueError(
+        f"--compare: {wanted!r} is neither a file nor a commit with results in {folder}; check that commit out and run "
+        "fastlm bench --out FILE there"
+    )
+
+
+def _roofs_line(roof):
+    products = ", ".join(f"{name} {value * 1e-12:.3g}" for name, value in roof.products.items())
+    return f"roofs: read {roof.read * 1e-9:.3g} GB/s, copy {roof.copy * 1e-9:.3g} GB/s, products {products} TFLOP/s"
+
+
+def _show_case(console, case, rows):
+    from rich.table import Table
+    from rich.text import Text
+
+    ours = next((row["median_us"] for row in rows if row.get("chosen")), None)
+    table = Table(show_edge=False, box=None, pad_edge=False, header_style="dim")
+    table.add_column("", min_width=18)
+    for title, width in (("µs", 9), ("±", 4), ("GB/s", 6), ("TFLOP/s", 7), ("roof", 4), ("error", 5), ("÷ ours", 6)):
+        table.add_column(title, justify="right", no_wrap=True, min_width=width)
+    for row in rows:
+        if "median_us" in row:
+            table.add_row(*_cells(row, ours))
+    console.print()
+    console.print(Text(case.name, style="bold cyan"))
+    console.print(table)
+    for row in rows:
+        if row.get("wrong"):
+            told = f"{row['contender']} is WRONG: {row['error']:.2f} of the allowed error"
+            console.print(Text(told, style="bold red"))
+        elif "refused" in row:
+            console.print(Text(f"{row['contender']}: {row['refused']}", style="dim"))
+
+
+def _cells(row, ours):
+    flops = row["tflop_per_s"]
+    return (
+        f"[green]{row['contender']}, chosen[/]" if row["chosen"] else row["contender"], f"{row['median_us']:,.1f}",
+        f"[yellow]~{row['spread']:.0%}[/]" if row["noisy"] else f"{row['spread']:.0%}", f"{row['gb_per_s']:,.1f}",
+        f"{flops:.3f}" if 0 < flops < 10 else f"{flops:.0f}" if flops else "",
+        f"{row['of_roof']:.0%}", f"{row['error']:.2f}", f"{row['median_us'] / ours:.2f}" if ours else "",
+    )
+
+
+LEGEND = """
+µs: median of a call.  ±: distance of the quartiles over it, ~ where the machine was too busy to tell.
+roof: share of what the bytes or the FLOPs allow here.  error: over what is allowed.  ÷ ours: time over the chosen's."""
+
+
+def _show_changes(console, found, bound, head):
+    from rich.table import Table
+
+    table = Table(show_edge=False, box=None, pad_edge=False, header_style="bold")
+    table.add_column(f"against {head.get('commit') or head.get('date')}", overflow="fold")
+    for title in ("µs then", "now", "machine", "change", "noise", ""):
+        table.add_column(title, justify="right", no_wrap=True)
+    colours = {"slower": "bold red", "faster": "green", "same": "dim"}
+    for one in found:
+        verdict = one.verdict(bound)
+        table.add_row(one.name, f"{one.old_us:,.1f}", f"{one.new_us:,.1f}", f"{one.drift:.2f}", f"{one.change:.2f}",
+                      f"{one.noise:.2f}", f"[{colours[verdict]}]{verdict}[/]")
+    console.print()
+    console.print(table)

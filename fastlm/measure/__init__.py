@@ -1,0 +1,1 @@
+"""Measuring: the clock that times contenders in turn, and this machine's roofs."""

@@ -1,0 +1,107 @@
+"""The clock: how long calls take, contenders in turn, so that a machine's moods fall on all of them alike.
+
+A sample is the time of one batch of calls over its length: on a GPU between two CUDA events, on the CPU by the wall.
+A contender has one call per set of operands and goes through them in a circle; with sets that together exceed the
+cache (`sets_beyond_cache`) every call finds it cold.
+"""
+
+import itertools
+import math
+import statistics
+import time
+from dataclasses import dataclass
+
+import torch
+
+NOISY = 0.10  # a spread beyond this is marked
+
+
+@dataclass(frozen=True)
+class Times:
+    """Seconds a call, one sample a round, in the order they were taken."""
+
+    samples: tuple[float, ...]
+
+    @property
+    def median(self):
+        return statistics.median(self.samples)
+
+    @property
+    def spread(self):
+        """The distance between the quartiles, over the median."""
+        if len(self.samples) < 2:
+            return math.inf
+        low, _, high = statistics.quantiles(self.samples, n=4, method="inclusive")
+        return (high - low) / self.median
+
+    @property
+    def noisy(self):
+        return self.spread > NOISY
+
+
+def race(contenders, *, device="cpu", seconds=1.0, batch_seconds=2e-3, rounds=(5, 50), before=None):
+    """Times by name: every round takes one sample of every contender, each round beginning with another one.
+
+    contenders: name → list of calls without arguments. About `seconds` are spent on each, in rounds[0] to rounds[1]
+    rounds; a sample is a batch of calls that takes batch_seconds or more. before(name) and one call go ahead of each
+    batch, untimed.
+    """
+    timer = _cuda_seconds if torch.device(device).type == "cuda" else _wall_seconds
+    circles, lengths, cost = {}, {}, 0.0
+    before = before or (lambda name: None)
+    for name, calls in contenders.items():
+        before(name)
+        for call in calls:  # chooses, compiles, loads
+            call()
+        circles[name] = itertools.cycle(calls)
+        once = max(min(timer(circles[name], 1) for _ in range(3)), 1e-9)
+        lengths[name] = max(1, math.ceil(batch_seconds / once))
+        cost += once * lengths[name]
+    fewest, most = rounds
+    count = min(most, max(fewest, int(seconds * len(contenders) / cost)))
+    samples = {name: [] for name in contenders}
+    names = list(contenders)
+    for turn in range(count):
+        first = turn % len(names)
+        for name in names[first:] + names[:first]:
+            before(name)
+            next(circles[name])()
+            samples[name].append(timer(circles[name], lengths[name]) / lengths[name])
+    return {name: Times(tuple(taken)) for name, taken in samples.items()}
+
+
+def sets_beyond_cache(set_bytes, device):
+    """How many sets of operands of set_bytes each exceed twice the last cache of a device."""
+    return max(1, math.ceil(2 * cache_bytes(device) / max(set_bytes, 1)))
+
+
+def cache_bytes(device):
+    """The size of the last cache: L2 of a GPU, the largest of CPU 0 (32 MiB where the system does not tell)."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_properties(device).L2_cache_size
+    sizes = []
+    for index in range(8):
+        try:
+            with open(f"/sys/devices/system/cpu/cpu0/cache/index{index}/size", encoding="ascii") as file:
+                text = file.read().strip()
+        except OSError:
+            break
+        sizes.append(int(text[:-1]) * {"K": 2**10, "M": 2**20}[text[-1]])
+    return max(sizes, default=32 * 2**20)
+
+
+def _wall_seconds(calls, count):
+    start = time.perf_counter()
+    for _ in range(count):
+        next(calls)()
+    return time.perf_counter() - start
+
+
+def _cuda_seconds(calls, count):
+    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    for _ in range(count):
+        next(calls)()
+    stop.record()
+    stop.synchronize()
+    return start.elapsed_time(stop) * 1e-3

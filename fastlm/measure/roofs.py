@@ -1,0 +1,134 @@
+"""This machine's roofs: the fastest that any plain call was seen to move bytes or multiply matrices here.
+
+    copy, read      bytes per second     a copy counts what is read and what is written
+    products        FLOP per second      of a square matrix product, by dtype
+    launch          seconds              an operation on one element
+
+No table of device names: everything is measured, in seconds, and kept in the user's cache for the next time.
+"""
+
+import json
+import os
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from fastlm.measure.clock import cache_bytes, race
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Roofs:
+    """Bytes per second, FLOP per second by dtype, seconds; as measured at `taken` (seconds since 1970)."""
+
+    copy: float
+    read: float
+    products: dict[str, float]
+    launch: float
+    taken: float
+
+    def floor(self, *, bytes, flops, dtype, traffic="copy"):
+        """The seconds that a piece of work needs at least: its bytes or its FLOPs, whichever takes longer."""
+        return max(bytes / getattr(self, traffic), flops / self.products[dtype])
+
+
+def roofs(device="cpu", *, fresh=False):
+    """The Roofs of a device: from the cache, or measured now (a few seconds) and kept there.
+
+    fresh: measured anyway. What is kept is the best that was ever seen; a busy machine lowers no roof.
+    """
+    path, known = cache_folder() / "roofs" / f"{_key(device)}.json", None
+    try:
+        known = Roofs(**json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError):  # absent, or of another version
+        pass
+    if known is not None and not fresh:
+        return known
+    found = measure(device)
+    if known is not None:
+        found = Roofs(
+            copy=max(found.copy, known.copy), read=max(found.read, known.read), launch=min(found.launch, known.launch),
+            products={name: max(found.products[name], known.products.get(name, 0.0)) for name in found.products},
+            taken=found.taken,
+        )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(f".{os.getpid()}")
+    partial.write_text(json.dumps(asdict(found), indent=2))
+    partial.replace(path)
+    return found
+
+
+def cache_folder():
+    """FASTLM_CACHE, or the folder fastlm in the user's cache."""
+    if folder := os.environ.get("FASTLM_CACHE"):
+        return Path(folder)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastlm"
+
+
+def device_name(device):
+    """The name of a GPU, or of the processor with the number of threads that torch uses."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{processor()}, {torch.get_num_threads()} threads"
+
+
+def processor():
+    """The name of this machine's processor."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            names = [line.split(":", 1)[1].strip() for line in file if line.startswith("model name")]
+    except OSError:
+        names = []
+    if names:
+        return names[0]
+    import platform
+
+    return platform.processor() or "unknown CPU"
+
+
+def measure(device="cpu", *, bytes=None, size=None, seconds=0.4):
+    """The Roofs of a device, measured with buffers of `bytes` and square products of `size`."""
+    bytes = bytes or max(8 * cache_bytes(device), 2**28)
+    size = size or (8192 if torch.device(device).type == "cuda" else 1536)
+    copy, read = _memory(bytes, device, seconds)
+    products = {name: _product(dtype, size, device, seconds) for name, dtype in DTYPES.items()}
+    one = torch.zeros(1, device=device)
+    launch = race({"": [lambda: one.add_(1)]}, device=device, seconds=seconds / 4)[""].median
+    return Roofs(copy=copy, read=read, products=products, launch=launch, taken=time.time())
+
+
+def _memory(bytes, device, seconds):
+    """Bytes per second of a copy, and of the fastest of four reductions."""
+    source = torch.ones(bytes // 4, device=device)
+    target, bits = torch.empty_like(source), source.view(torch.int32)
+    times = race({
+        "copy": [lambda: target.copy_(source)], "sum": [lambda: source.sum()], "max": [lambda: source.amax()],
+        "dot": [lambda: source.dot(source)], "bits": [lambda: bits.amin()],
+    }, device=device, seconds=seconds)
+    best = {name: bytes / _best(taken) for name, taken in times.items()}
+    return 2 * best.pop("copy"), max(best.values())
+
+
+def _product(dtype, largest, device, seconds):
+    """FLOP per second; on a CPU without instructions for a dtype a small product tells as much."""
+    size = min(256, largest)
+    while True:
+        a, b = torch.randn(2, size, size, device=device).to(dtype).unbind(0)
+        times = race({"": [lambda a=a, b=b: a @ b]}, device=device, seconds=seconds)[""]
+        if size == largest or times.median > 20e-3:
+            return 2 * size**3 / _best(times)
+        size = min(largest, 2 * size)
+
+
+def _best(times):
+    """The fastest tenth: what the machine can do, not what its neighbours leave."""
+    samples = sorted(times.samples)
+    return samples[len(samples) // 10]
+
+
+def _key(device):
+    text = f"{device_name(device)}-torch{torch.__version__}"
+    return "".join(c if c.isalnum() or c in ".-" else "-" for c in text)
