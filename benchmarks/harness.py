@@ -7,12 +7,14 @@ are run, and become rows:
     error     largest (or mean) error against fp64, over what the numerics policy allows
 """
 
+import dataclasses
 import functools
 import importlib
 import json
 import math
 import os
 import platform
+import statistics
 import subprocess
 import time
 from collections.abc import Callable
@@ -84,6 +86,39 @@ def suite(ops=None, *, device="cpu", shape=None, dtypes=None):
             for dtype in dtypes or ("fp32", "bf16"):
                 cases += module.cases(sizes, dtype, device)
     return cases
+
+
+def model_suite(config, B, T, *, device="cpu", dtypes=None):
+    """The cases of a model's training step (B, T) and of decoding, ours alone, without peers."""
+    H, D = config.n_head, config.n_embd // config.n_head
+    attention = {"B": B, "T": T, "H": H, "D": D}
+    shapes = {
+        "softmax_xent": [{"N": min(B * T, 8192), "V": config.vocab_size}],
+        "attention": [attention], "cache_append": [attention],
+        "decode_attention": [{"B": many, "S": T, "H": H, "D": D} for many in (1, 8)],
+    }
+    cases = [case for op in OPS for shape in shapes[op]
+             for case in suite([op], device=device, shape=shape, dtypes=dtypes)]
+    return [dataclasses.replace(case, peers={}, absent={}) for case in cases]
+
+
+def fastest(rows):
+    """A row for every op and dtype: its backends in the order of their times, a geometric mean over the cases.
+
+    A backend that refused a case, or was wrong, is left out.
+    """
+    found = []
+    for op, dtype in dict.fromkeys((row["op"], row["dtype"]) for row in rows):
+        ours = [row for row in rows if (row["op"], row["dtype"]) == (op, dtype) and row["ours"]]
+        shapes = {(row["part"], *row["shape"].items()): row["shape"] for row in ours}
+        taken = {}
+        for row in ours:
+            taken.setdefault(row["contender"].removeprefix("fastlm "), []).append(row.get("median_us"))
+        us = {name: statistics.geometric_mean(times) for name, times in taken.items()
+              if None not in times and len(times) == len(shapes)}
+        found.append({"op": op, "dtype": dtype, "order": sorted(us, key=us.get), "us": us,
+                      "shapes": list(shapes.values())})
+    return found
 
 
 def contenders(case, device):

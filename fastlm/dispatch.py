@@ -2,7 +2,8 @@
 
 A row of the table is one torch op: its schema, and for each backend the module in which a function of the op's name
 lives, imported when it is first needed. The choice is made once per call signature: the forced backend, or the
-first of the row's order for the device that can run the call. A forced backend that cannot run raises its sentence.
+first that can run the call, of what `fastlm tune` measured on the device, fastest first, and then of the row's order.
+A forced backend that cannot run raises its sentence.
 """
 
 import functools
@@ -16,6 +17,7 @@ from dataclasses import dataclass, field
 import torch
 
 from fastlm.backends import BACKENDS, devices, machine_why_not
+from fastlm.measure import tuned
 
 _library = torch.library.Library("fastlm", "DEF")
 
@@ -87,10 +89,8 @@ def _resolve(row, *args):
         if (reason := why_not(row.name, backend, *args)) is not None:
             raise RuntimeError(f"{row.name} cannot run on backend {backend!r}: {reason}")
     else:
-        device = next(arg for arg in args if isinstance(arg, torch.Tensor)).device.type
-        order = row.order.get(device, ("torch", "reference"))
         reasons = {}
-        for backend in order:
+        for backend in candidates(row, *args):
             reasons[backend] = why_not(row.name, backend, *args)
             if reasons[backend] is None:
                 break
@@ -99,6 +99,14 @@ def _resolve(row, *args):
             raise RuntimeError(f"no backend can run {row.name}: {told}")
     function = row.chosen[row.key(*args)] = _load(row, backend)
     return function
+
+
+def candidates(row, *args):
+    """The backends that are asked for a call when none is forced, in turn: as tuned on the device, then as usual."""
+    tensor = next(arg for arg in args if isinstance(arg, torch.Tensor) and arg.is_floating_point())
+    usual = row.order.get(tensor.device.type, ("torch", "reference"))
+    fastest = tuned.order(row.family, tensor.dtype, tensor.device) if tensor.device.type in ("cpu", "cuda") else ()
+    return list(dict.fromkeys(name for name in (*fastest, *usual) if name in row.kernels))
 
 
 def _load(row, backend):

@@ -4,6 +4,7 @@ import functools
 import importlib
 import importlib.util
 import os
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,9 @@ if not GPU:
     import interpreter
 
     interpreter.install()
+
+CACHE = tempfile.TemporaryDirectory()
+os.environ["FASTLM_CACHE"] = CACHE.name  # what was tuned on this machine chooses nothing here
 
 import numerics  # noqa: E402
 

@@ -4,7 +4,7 @@ import sys
 
 import typer
 
-from fastlm.cli import bench, check, data, demo, doctor, generate, train
+from fastlm.cli import bench, check, data, demo, doctor, explain, generate, train, tune
 
 app = typer.Typer(
     name="fastlm",
@@ -20,6 +20,8 @@ app.add_typer(data.app, name="data")
 app.command("doctor")(doctor.doctor)
 app.command("check")(check.check)
 app.command("bench")(bench.bench)
+app.command("explain")(explain.explain)
+app.command("tune")(tune.tune)
 
 
 def main():

@@ -20,7 +20,6 @@ def bench(
     bound: Annotated[float, typer.Option(help="Slower than that share is a regression, noise allowed for.")] = 0.10,
 ):
     """Measure the ops beside their peers, all in turn in one run. Exit code 1 where a kernel of ours is wrong."""
-    import torch
     from rich.console import Console
     from rich.progress import Progress
 
@@ -28,16 +27,11 @@ def bench(
     from fastlm.benchmarks.compare import changes
     from fastlm.measure.roofs import roofs
 
-    if device not in ("auto", "cpu", "cuda"):
-        raise ValueError(f"--device is {device!r}, wanted auto, cpu or cuda")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device is cuda, but this machine has no CUDA GPU that torch can use")
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = device_of(device)
     if not 0 < seconds < 3600:
         raise ValueError(f"--seconds is {seconds}, wanted a number above 0")
     former = None if compare is None else harness.read(_results_of(compare))
-    cases = harness.suite(ops, device=device, shape=_sizes(shape), dtypes=dtype)
+    cases = harness.suite(ops, device=device, shape=sizes_of(shape), dtypes=dtype)
     for case in cases:
         harness.plan(case, device)
     console, rows = Console(), []
@@ -76,12 +70,23 @@ def bench(
         raise typer.Exit(1)
 
 
+def device_of(wanted):
+    """ "cpu" or "cuda" of "auto", "cpu" or "cuda"."""
+    import torch
+
+    if wanted not in ("auto", "cpu", "cuda"):
+        raise ValueError(f"--device is {wanted!r}, wanted auto, cpu or cuda")
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device is cuda, but this machine has no CUDA GPU that torch can use")
+    return ("cuda" if torch.cuda.is_available() else "cpu") if wanted == "auto" else wanted
+
+
 def _slower(change, case, bound):
     return change.verdict(bound) == "slower" and change.case[:4] == (
         case.op, case.part, case.dtype, tuple(case.shape.items()))
 
 
-def _sizes(text):
+def sizes_of(text):
     """{"N": 512, "V": 50257} of "N=512,V=50257"."""
     if text is None:
         return None

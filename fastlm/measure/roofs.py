@@ -40,7 +40,7 @@ def roofs(device="cpu", *, fresh=False):
 
     fresh: measured anyway. What is kept is the best that was ever seen; a busy machine lowers no roof.
     """
-    path, known = cache_folder() / "roofs" / f"{_key(device)}.json", None
+    path, known = cache_folder() / "roofs" / f"{slug(f'{device_name(device)}-torch{torch.__version__}')}.json", None
     try:
         known = Roofs(**json.loads(path.read_text()))
     except (OSError, ValueError, TypeError):  # absent, or of another version
@@ -129,6 +129,6 @@ def _best(times):
     return samples[len(samples) // 10]
 
 
-def _key(device):
-    text = f"{device_name(device)}-torch{torch.__version__}"
+def slug(text):
+    """A text as a file's name."""
     return "".join(c if c.isalnum() or c in ".-" else "-" for c in text)

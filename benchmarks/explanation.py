@@ -1,0 +1,78 @@
+"""Why a backend runs an op here: what `fastlm explain` prints."""
+
+import importlib
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastlm import dispatch
+from fastlm.measure import tuned
+from fastlm.measure.roofs import DTYPES
+
+
+def explanation(case):
+    """Lines on every torch op that a case calls: the backend chosen, its launch, and why each other one is not."""
+    torch.manual_seed(0)
+    with _Calls() as calls:
+        case.ours(*(case.check or case.operands)())
+    forced = dispatch.forced(case.op)
+    for name, args in calls.seen.items():
+        row = dispatch.TABLE[name]
+        configurations = _configurations(row, args)
+        order = dispatch.candidates(row, *args)
+        reasons = {backend: dispatch.why_not(name, backend, *args) for backend in (*order, *row.kernels)}
+        chosen = forced if forced in row.kernels else next(b for b in order if reasons[b] is None)
+        launch = f", launched with {', '.join(map(str, configurations))}" if configurations else ""
+        yield f"[bold cyan]{name}[/] runs on [bold green]{chosen}[/]{launch}"
+        for backend, reason in reasons.items():
+            if backend != chosen:
+                told = reason or ("another is forced" if forced in row.kernels else _behind(row, chosen, backend, args))
+                yield f"  not {backend}: " + told.replace("[", "\\[")
+
+
+class _Calls(TorchDispatchMode):
+    """The arguments of the first call of every torch op of ours."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "fastlm":
+            self.seen.setdefault(func._opname, args)
+        return func(*args, **(kwargs or {}))
+
+
+def _configurations(row, args):
+    """What the chosen Triton kernel's `_config` answered, in the order of its launches; () elsewhere."""
+    row.chosen.clear()
+    with dispatch.record() as calls:
+        getattr(torch.ops.fastlm, row.name)(*args)
+    if (row.name, "triton") not in calls:
+        return ()
+    module, asked = importlib.import_module(row.kernels["triton"]), []
+    if not hasattr(module, "_config"):
+        return ()
+    original = module._config
+
+    def asking(*arguments):
+        asked.append(original(*arguments))
+        return asked[-1]
+
+    module._config = asking
+    try:
+        getattr(torch.ops.fastlm, row.name)(*args)
+    finally:
+        module._config = original
+    return asked
+
+
+def _behind(row, chosen, backend, args):
+    """Why a backend that could run is not chosen."""
+    tensor = next(arg for arg in args if isinstance(arg, torch.Tensor) and arg.is_floating_point())
+    for tuned_row in tuned.tables(tensor.device):
+        us = tuned_row["us"]
+        same = (tuned_row["op"], DTYPES[tuned_row["dtype"]]) == (row.family, tensor.dtype)
+        if same and {chosen, backend} <= us.keys():
+            return f"fastlm tune measured {us[backend]:,.0f} µs here, {chosen} {us[chosen]:,.0f} µs"
+    return f"it stands behind {chosen} in the usual order; fastlm tune measures them on this device"

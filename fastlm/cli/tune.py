@@ -1,0 +1,51 @@
+"""`fastlm tune`: which backend is fastest for every op on this device, at a model's shapes."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def tune(
+    model: Annotated[Path | None, typer.Option(help="A model directory whose shapes count; GPT-2 124M else.")] = None,
+    batch: Annotated[int, typer.Option(help="Sequences of a training step.")] = 0,
+    context: Annotated[int, typer.Option(help="Tokens a sequence; the model's n_positions else.")] = 0,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    dtype: Annotated[list[str] | None, typer.Option(help="fp32, bf16 or fp16; may be repeated.")] = None,
+    seconds: Annotated[float, typer.Option(help="For every backend of a case.")] = 1.0,
+):
+    """Measure every op's backends here and keep the table: from then on the fastest is chosen."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from fastlm.benchmarks import harness
+    from fastlm.cli.bench import device_of
+    from fastlm.config import GPT2Config
+    from fastlm.measure import tuned
+    from fastlm.measure.roofs import roofs
+
+    device = device_of(device)
+    config = GPT2Config() if model is None else GPT2Config.load(model / "config.json")
+    T = context or config.n_positions
+    if not 1 <= T <= config.n_positions:
+        raise ValueError(f"--context is {context}, wanted 1 to the model's n_positions {config.n_positions}")
+    if batch < 0:
+        raise ValueError(f"--batch is {batch}, wanted 1 or more")
+    B = batch or (16 if device == "cuda" else 1)
+    cases = harness.model_suite(config, B, T, device=device, dtypes=dtype)
+    for case in cases:
+        harness.plan(case, device)
+    console, rows = Console(), []
+    with Progress(console=console, transient=True) as progress:
+        task = progress.add_task("this machine's roofs", total=len(cases))
+        roof = roofs(device)
+        for case in cases:
+            progress.update(task, description=case.name)
+            rows += harness.measure(case, device, roof, seconds=seconds)
+            progress.advance(task)
+    found = harness.fastest(rows)
+    path = tuned.save(device, harness.head(device), found)
+    for row in found:
+        times = ", ".join(f"{name} {row['us'][name]:,.0f}" for name in row["order"])
+        console.print(f"{row['op']} {row['dtype']}: [green]{row['order'][0]}[/]   [dim]{times} µs[/]", highlight=False)
+    console.print(f"\nwrote {path}; dispatch reads it from now on", highlight=False, soft_wrap=True)
