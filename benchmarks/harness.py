@@ -31,6 +31,7 @@ from fastlm.measure.roofs import DTYPES, device_name
 from fastlm.numerics import compare
 
 OPS = ("softmax_xent", "attention", "decode_attention", "cache_append")
+PROGRAMS = ("generate", "train")
 
 
 @dataclass(frozen=True)
@@ -56,19 +57,23 @@ class Case:
     check: Callable | None = None
     traffic: str = "copy"  # or "read": the roof that the bytes have
 
+    def run(self, device, roofs, **options):
+        """The rows of this case; see `measure`."""
+        return measure(self, device, roofs, **options)
+
     @property
     def name(self):
         return f"{self.op} {self.part} {self.dtype} " + " ".join(f"{k}={v}" for k, v in self.shape.items())
 
 
 def suite(ops=None, *, device="cpu", shape=None, dtypes=None):
-    """The cases of the ops (all unless given) on a device, at `shape` (letters → sizes) or at the usual ones.
+    """The cases of ops or programs (all ops unless given) on a device, at `shape` (letters → sizes) or the usual ones.
 
     Raises ValueError for an unknown op or dtype, or for a letter that an op does not have.
     """
     for op in ops or ():
-        if op not in OPS:
-            raise ValueError(f"no op {op!r} to measure; there are {', '.join(OPS)}")
+        if op not in OPS + PROGRAMS:
+            raise ValueError(f"no op {op!r} to measure; there are {', '.join(OPS)}, and {', '.join(PROGRAMS)}")
     for dtype in dtypes or ():
         if dtype not in DTYPES:
             raise ValueError(f"no dtype {dtype!r}, wanted {', '.join(DTYPES)}")
@@ -160,7 +165,7 @@ def measure(case, device, roofs, *, seconds=1.0, cold=True):
                 row["error"] = max(_ratio(got, composed[what], truth[what], what[0] == "d")
                                    for what, got in function(*operands).items())
         except (RuntimeError, NotImplementedError) as error:
-            row["refused"] = _first_line(error)
+            row["refused"] = refusal(error)
             continue
         if not row["error"] <= 1 and row["ours"]:
             row["wrong"] = True  # a wrong kernel has no speed
@@ -293,5 +298,6 @@ def _ratio(got, composed, truth, backward):
         return math.inf
 
 
-def _first_line(error):
+def refusal(error):
+    """The first line of what a contender raised."""
     return str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__

@@ -8,9 +8,9 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-import fastlm.ops  # noqa: F401
+import fastlm
 from fastlm import dispatch, native
-from fastlm.benchmarks import compare, harness
+from fastlm.benchmarks import compare, harness, programs
 from fastlm.cli import app
 from fastlm.measure import roofs as roofs_module
 from fastlm.measure.roofs import Roofs
@@ -96,6 +96,44 @@ def test_a_slowed_kernel_is_a_regression(monkeypatch, tmp_path):
     assert done.exit_code == 1 and "slower" in done.output
 
 
+TINY = "L=1,H=2,C=32,V=97"
+
+
+@pytest.mark.parametrize("program, sizes, parts", [("generate", "B=2,T=6,N=3", ["prefill", "decode"]),
+                                                   ("train", "B=2,T=6", ["step"])])
+def test_programs_are_measured_beside_transformers(program, sizes, parts, tmp_path):
+    pytest.importorskip("transformers")
+    done = run(program, "--shape", f"{sizes},{TINY}", "--out", str(tmp_path / "r.json"))
+    assert done.exit_code == 0, done.output + str(done.exception)
+    rows = harness.read(tmp_path / "r.json")["rows"]
+    assert len(rows) == 3 * 2 * len(parts) and {row["part"] for row in rows} == set(parts)
+    for row in rows:
+        tokens = 2 if row["part"] == "decode" else 12
+        assert row["tokens_per_s"] == pytest.approx(tokens / row["median_us"] * 1e6)
+        assert row["chosen"] == row["ours"] and (not row["ours"] or row["error"] <= 1)
+    (decoding,) = [row for row in rows if "latency_us" in row and row["dtype"] == "fp32"] or [None]
+    assert (decoding is not None) == (program == "generate")
+
+
+@pytest.mark.parametrize("program, sizes", [("generate", "B=1,T=6,N=3"), ("train", "B=1,T=6")])
+def test_a_program_that_computes_something_else_has_no_speed(program, sizes, monkeypatch, tmp_path):
+    pytest.importorskip("transformers")
+    right = fastlm.GPT2.hidden
+    monkeypatch.setattr(fastlm.GPT2, "hidden", lambda self, *a, **k: right(self, *a, **k) * 1.01)
+    done = run(program, "--shape", f"{sizes},{TINY}", "--dtype", "fp32", "--out", str(tmp_path / "r.json"))
+    assert done.exit_code == 1 and "fastlm is WRONG" in done.output
+    assert not any("median_us" in row for row in harness.read(tmp_path / "r.json")["rows"] if row["ours"])
+
+
+def test_the_weights_that_are_counted():
+    model = fastlm.GPT2(fastlm.GPT2Config(vocab_size=97, n_positions=8, n_embd=32, n_layer=3, n_head=2))
+    counted = sum(p.numel() for p in model.parameters()) - 8 * 32
+    assert programs.weights({"L": 3, "C": 32, "V": 97}) == counted
+    held = []
+    peak = programs.peak_bytes(lambda: held.append(torch.ones(2**24)), "cpu")
+    assert peak is None or 0.9 * 2**26 < peak < 2**28
+
+
 def row(contender, median, *, ours=True, spread=0.02):
     return {"op": "o", "part": "forward", "dtype": "fp32", "shape": {"N": 3}, "cold": True, "contender": contender,
             "ours": ours, "median_us": median, "spread": spread}
@@ -143,6 +181,8 @@ def test_what_refuses_is_told():
         (["attention", "--shape", "T=0"], "size T is 0, wanted ≥ 1"),
         (["attention", "--shape", "T3"], "got 'T3', wanted letters and sizes"),
         (["attention", "--dtype", "int4"], "no dtype 'int4', wanted fp32"),
+        (["generate", "--shape", "N=1"], "N is 1, wanted 2 or more"),
+        (["train", "--shape", "H=5"], "C=768 is no multiple of H=5"),
         (["--seconds", "0"], "--seconds is 0"),
         (["softmax_xent", "--shape", "N=90000000"], "GiB are free; choose smaller sizes with --shape"),
         (["--compare", "1234567"], "neither a file nor a commit with results"),

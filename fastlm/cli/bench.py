@@ -8,7 +8,7 @@ import typer
 
 
 def bench(
-    ops: Annotated[list[str] | None, typer.Argument(help="The ops to measure; all of them else.")] = None,
+    ops: Annotated[list[str] | None, typer.Argument(help="Ops, or generate, or train; all ops else.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     shape: Annotated[str | None, typer.Option(help="Sizes in place of the usual, e.g. N=512,V=50257.")] = None,
     dtype: Annotated[list[str] | None, typer.Option(help="fp32, bf16 or fp16; may be repeated.")] = None,
@@ -45,7 +45,7 @@ def bench(
 
         def measure(case):
             progress.update(task, description=case.name)
-            return harness.measure(case, device, roof, seconds=seconds, cold=not warm)
+            return case.run(device, roof, seconds=seconds, cold=not warm)
 
         for case in cases:
             new = measure(case)
@@ -82,8 +82,8 @@ def device_of(wanted):
 
 
 def _slower(change, case, bound):
-    return change.verdict(bound) == "slower" and change.case[:4] == (
-        case.op, case.part, case.dtype, tuple(case.shape.items()))
+    same = change.case[0] == case.op and change.case[2:4] == (case.dtype, tuple(case.shape.items()))
+    return same and change.verdict(bound) == "slower"
 
 
 def sizes_of(text):
@@ -120,22 +120,49 @@ def _roofs_line(roof):
     return f"roofs: read {roof.read * 1e-9:.3g} GB/s, copy {roof.copy * 1e-9:.3g} GB/s, products {products} TFLOP/s"
 
 
+COLUMNS = {  # title → (least width, the cell of a row and our time, or None where the row has no such figure)
+    "µs": (9, lambda row, ours: f"{row['median_us']:,.1f}"),
+    "±": (4, lambda row, ours: f"[yellow]~{row['spread']:.0%}[/]" if row["noisy"] else f"{row['spread']:.0%}"),
+    "tokens/s": (8, lambda row, ours: f"{row['tokens_per_s']:,.1f}" if "tokens_per_s" in row else None),
+    "GB/s": (6, lambda row, ours: f"{row['gb_per_s']:,.1f}" if "gb_per_s" in row else None),
+    "TFLOP/s": (7, lambda row, ours: f"{row['tflop_per_s']:.3g}" if row.get("tflop_per_s") else None),
+    "MiB": (6, lambda row, ours: f"{row['peak_mib']:,}" if row.get("peak_mib") is not None else None),
+    "roof": (4, lambda row, ours: f"{row['of_roof']:.0%}"),
+    "error": (5, lambda row, ours: f"{row['error']:.2f}" if row.get("error") is not None else None),
+    "÷ ours": (6, lambda row, ours: f"{row['median_us'] / ours:.2f}" if ours else None),
+}
+
+
 def _show_case(console, case, rows):
+    from rich.text import Text
+
+    console.print()
+    console.print(Text(case.name, style="bold cyan"))
+    for part in dict.fromkeys(row["part"] for row in rows):
+        _show_part(console, part, [row for row in rows if row["part"] == part])
+
+
+def _show_part(console, part, rows):
     from rich.table import Table
     from rich.text import Text
 
     ours = next((row["median_us"] for row in rows if row.get("chosen")), None)
-    table = Table(show_edge=False, box=None, pad_edge=False, header_style="dim")
-    table.add_column("", min_width=18)
-    for title, width in (("µs", 9), ("±", 4), ("GB/s", 6), ("TFLOP/s", 7), ("roof", 4), ("error", 5), ("÷ ours", 6)):
-        table.add_column(title, justify="right", no_wrap=True, min_width=width)
+    timed = [row for row in rows if "median_us" in row]
+    cells = {title: [cell(row, ours) for row in timed] for title, (_, cell) in COLUMNS.items()}
+    titles = [title for title in COLUMNS if any(text is not None for text in cells[title])]
+    table = Table(show_edge=False, box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="dim")
+    table.add_column(part, min_width=22)
+    for title in titles:
+        table.add_column(title, justify="right", no_wrap=True, min_width=COLUMNS[title][0])
+    for number, row in enumerate(timed):
+        name = f"[green]{row['contender']}, chosen[/]" if row["chosen"] else row["contender"]
+        table.add_row(name, *(cells[title][number] or "" for title in titles))
+    if timed:
+        console.print(table)
     for row in rows:
-        if "median_us" in row:
-            table.add_row(*_cells(row, ours))
-    console.print()
-    console.print(Text(case.name, style="bold cyan"))
-    console.print(table)
-    for row in rows:
+        if row.get("latency_us"):
+            told = " / ".join(f"{value / 1e3:,.2f}" for value in row["latency_us"])
+            console.print(Text(f"{row['contender']}: a token takes {told} ms (50, 90, 99 of 100)", style="dim"))
         if row.get("wrong"):
             told = f"{row['contender']} is WRONG: {row['error']:.2f} of the allowed error"
             console.print(Text(told, style="bold red"))
@@ -143,19 +170,10 @@ def _show_case(console, case, rows):
             console.print(Text(f"{row['contender']}: {row['refused']}", style="dim"))
 
 
-def _cells(row, ours):
-    flops = row["tflop_per_s"]
-    return (
-        f"[green]{row['contender']}, chosen[/]" if row["chosen"] else row["contender"], f"{row['median_us']:,.1f}",
-        f"[yellow]~{row['spread']:.0%}[/]" if row["noisy"] else f"{row['spread']:.0%}", f"{row['gb_per_s']:,.1f}",
-        f"{flops:.3f}" if 0 < flops < 10 else f"{flops:.0f}" if flops else "",
-        f"{row['of_roof']:.0%}", f"{row['error']:.2f}", f"{row['median_us'] / ours:.2f}" if ours else "",
-    )
-
-
 LEGEND = """
 µs: median of a call.  ±: distance of the quartiles over it, ~ where the machine was too busy to tell.
-roof: share of what the bytes or the FLOPs allow here.  error: over what is allowed.  ÷ ours: time over the chosen's."""
+roof: share of what the bytes or the FLOPs allow here.  error: over what is allowed.  ÷ ours: time over the chosen's.
+MiB: what a step takes beyond weights and moments."""
 
 
 def _show_changes(console, found, bound, head):

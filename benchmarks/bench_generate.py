@@ -1,0 +1,140 @@
+"""Greedy generation, B sequences of T tokens and N new ones, beside transformers' generate.
+
+    prefill    the time of the first new token        roof: the products' FLOPs
+    decode     the mean time of each further step     roof: weights and cache read once a step
+"""
+
+import statistics
+import time
+from dataclasses import dataclass, field
+
+import torch
+
+from fastlm.generation import stream_tokens
+from fastlm.measure.clock import NOISY, Times, race
+
+from .harness import DTYPES, refusal
+from .programs import MODEL, absent, check_sizes, norm_ratio, pair, weights
+
+SHAPES = {
+    "cpu": [{"B": B, "T": T, "N": N, **MODEL} for B, T, N in ((1, 32, 32), (8, 32, 16), (1, 512, 8))],
+    "cuda": [{"B": B, "T": 512, "N": 128, **MODEL} for B in (1, 8, 64, 256, 1024)],
+}
+
+
+def cases(shape, dtype, device):
+    check_sizes("generate", shape)
+    if shape["N"] < 2:
+        raise ValueError(f"generate: N is {shape['N']}, wanted 2 or more new tokens")
+    yield Generate(shape, dtype)
+
+
+@dataclass(frozen=True)
+class Generate:
+    """One model and batch; its rows are those of prefill and decode of every contender."""
+
+    shape: dict[str, int]
+    dtype: str
+    op: str = "generate"
+    peers: dict = field(default_factory=dict)
+
+    @property
+    def name(self):
+        return f"generate {self.dtype} " + " ".join(f"{k}={v}" for k, v in self.shape.items())
+
+    @property
+    def memory(self):
+        B, T, N, L, _, C, V = self.shape.values()
+        size = DTYPES[self.dtype].itemsize
+        cache = 2 * B * (T + N) * L * C * size
+        return weights(self.shape) * (2 * 4 + 2 * size + 8) + 3 * cache + B * T * (16 * C + V) * 4
+
+    def run(self, device, roofs, *, seconds=1.0, cold=True):
+        B, T, N, L, _, C, V = self.shape.values()
+        dtype = DTYPES[self.dtype]
+        ours, theirs = pair(self.shape, T + N, device)
+        tokens = torch.randint(V, (B, T), generator=torch.Generator().manual_seed(1)).to(device)
+        error = self._error(ours, theirs, tokens[:1], dtype)
+        ours = ours.to(dtype).eval()
+        writers = {"fastlm": lambda n: ours.generate(tokens, max_new_tokens=n, temperature=0, stop_at=None)}
+        if theirs is not None:
+            theirs = theirs.to(dtype).eval()
+            writers["transformers"] = _theirs(theirs, tokens)
+            writers["transformers, static"] = _theirs(theirs, tokens, "static")
+        rows, racing = [], {}
+        for name, write in writers.items():
+            row = {"op": "generate", "dtype": self.dtype, "shape": self.shape, "cold": cold, "contender": name,
+                   "ours": name == "fastlm"}
+            parts = [{**row, "part": "prefill"}, {**row, "part": "decode"}]
+            rows += parts
+            try:
+                got = write(N)
+            except (RuntimeError, NotImplementedError, ValueError, ImportError) as failed:
+                for part in parts:
+                    part["refused"] = refusal(failed)
+                continue
+            assert len(got[0]) == T + N, f"{name} wrote {len(got[0]) - T} tokens, wanted {N}"
+            if name == "fastlm":
+                for part in parts:
+                    part |= {"error": error} if error is None or error <= 1 else {"error": error, "wrong": True}
+                if error is not None and error > 1:
+                    continue
+            racing |= {(name, n): [lambda write=write, n=n: write(n)] for n in (1, N)}
+        times = race(racing, device=device, seconds=seconds, rounds=(3, 30))
+        prefill = roofs.floor(bytes=weights(self.shape) * dtype.itemsize, dtype=self.dtype, traffic="read",
+                              flops=2 * B * (T * (weights(self.shape) - V * C) + V * C + L * C * T * T))
+        step_bytes = (weights(self.shape) + B * L * 2 * C * (T + N / 2)) * dtype.itemsize
+        floors = {"prefill": prefill, "decode": roofs.floor(bytes=step_bytes, flops=2 * B * weights(self.shape),
+                                                            dtype=self.dtype, traffic="read")}
+        for row in rows:
+            if (row["contender"], N) not in times:
+                continue
+            first, whole = (times[row["contender"], n].samples for n in (1, N))
+            prefills = row["part"] == "prefill"
+            taken = Times(first if prefills else tuple((b - a) / (N - 1) for a, b in zip(first, whole)))
+            row |= {
+                "median_us": taken.median * 1e6, "spread": taken.spread, "noisy": taken.spread > NOISY,
+                "tokens_per_s": B * (T if prefills else 1) / taken.median, "chosen": row["ours"],
+                "of_roof": floors[row["part"]] / taken.median, "samples_us": [round(s * 1e6, 1) for s in taken.samples],
+            }
+        for row in rows:
+            if row["ours"] and row["part"] == "decode" and "median_us" in row:
+                row["latency_us"] = _latencies(ours, tokens, N)
+        rows += [{"op": "generate", "part": "decode", "dtype": self.dtype, "shape": self.shape, "cold": cold,
+                  "contender": name, "ours": False, "refused": why} for name, why in absent().items()]
+        return sorted(rows, key=lambda row: row["part"] != "prefill")
+
+    @torch.no_grad()
+    def _error(self, ours, theirs, tokens, dtype):
+        """Our logits' error against transformers' in fp64, over what is allowed; None without transformers."""
+        if theirs is None:
+            return None
+        try:
+            got, composed = ours.to(dtype).eval()(tokens)[0], theirs.to(dtype).eval()(tokens).logits
+            # fp64 of the weights as rounded to the dtype: both compute with these
+            return norm_ratio(got, composed, theirs.double()(tokens).logits, dtype)
+        finally:
+            ours.float(), theirs.float()
+
+
+def _theirs(model, tokens, cache=None):
+    def write(n):
+        options = {} if cache is None else {"cache_implementation": cache}
+        with torch.inference_mode():
+            return model.generate(tokens, attention_mask=torch.ones_like(tokens), do_sample=False, min_new_tokens=n,
+                                  max_new_tokens=n, **options)
+
+    return write
+
+
+def _latencies(model, tokens, N):
+    """Microseconds of a step: the 50th, 90th and 99th of a hundred."""
+    taken, last = [], None
+    for _ in stream_tokens(model, tokens, max_new_tokens=N, temperature=0, stop_at=None):
+        now = time.perf_counter()
+        taken += [] if last is None else [(now - last) * 1e6]
+        last = now
+    if len(taken) < 2:
+        return taken * 3
+    cuts = statistics.quantiles(taken, n=100, method="inclusive")
+    return [round(cuts[at - 1], 1) for at in (50, 90, 99)]
