@@ -129,9 +129,6 @@ def test_the_weights_that_are_counted():
     model = fastlm.GPT2(fastlm.GPT2Config(vocab_size=97, n_positions=8, n_embd=32, n_layer=3, n_head=2))
     counted = sum(p.numel() for p in model.parameters()) - 8 * 32
     assert programs.weights({"L": 3, "C": 32, "V": 97}) == counted
-    held = []
-    peak = programs.peak_bytes(lambda: held.append(torch.ones(2**24)), "cpu")
-    assert peak is None or 0.9 * 2**26 < peak < 2**28
 
 
 def row(contender, median, *, ours=True, spread=0.02):
