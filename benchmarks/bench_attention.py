@@ -4,28 +4,31 @@ FLOPs: 2 · B · H · T² · D forward (half of the square is masked), 5 · B ·
 and o once forward; the same, do and three gradients backward.
 """
 
+import contextlib
+
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fastlm
+from fastlm.numerics import DTYPES
 
-from .harness import DTYPES, Case
+from .harness import Case
 
 SHAPES = {
     "cpu": [{"B": 1, "T": 1024, "H": 12, "D": 64}, {"B": 12, "T": 64, "H": 4, "D": 32}],
     "cuda": [{"B": 16384 // T, "T": T, "H": H, "D": 64} for H in (12, 16, 20, 25) for T in (1024, 2048, 4096, 8192)],
 }
 PINNED = {
-    "cuDNN": SDPBackend.CUDNN_ATTENTION, "FlashAttention-2": SDPBackend.FLASH_ATTENTION,
+    "SDPA, math": SDPBackend.MATH, "cuDNN": SDPBackend.CUDNN_ATTENTION, "FlashAttention-2": SDPBackend.FLASH_ATTENTION,
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
 }
 
 
 def cases(shape, dtype, device):
     B, T, H, D = shape.values()
-    one, scores = B * T * H * D * DTYPES[dtype].itemsize, H * T * T * 8
-    whole = one + B * H * T * T * 8 if device == "cpu" else one
+    one = B * T * H * D * DTYPES[dtype].itemsize
+    kernels = PINNED if device == "cuda" else {"SDPA": None}
     for part, tensors, flops in (("forward", 4, 2), ("forward + backward", 12, 7)):
         backward = part != "forward"
 
@@ -33,13 +36,11 @@ def cases(shape, dtype, device):
             qkv = torch.randn(B, T, 3, H, D, device=device, dtype=DTYPES[dtype]).requires_grad_(backward)
             return qkv, torch.randn(B, T, H, D, device=device, dtype=DTYPES[dtype])
 
-        peers = {"SDPA" if device == "cpu" else "SDPA, math": _results(_math if device == "cuda" else _sdpa, backward)}
-        if device == "cuda":
-            peers |= {name: _results(_pinned(kernel), backward) for name, kernel in PINNED.items()}
         yield Case(
             op="attention", part=part, shape=shape, dtype=dtype, bytes=tensors * one, flops=flops * B * H * T * T * D,
-            memory=20 * one + 8 * scores + whole, operands=operands, check=lambda make=operands: make(min(B, 1)),
-            ours=_results(fastlm.attention_qkv, backward), peers=peers,
+            memory=20 * one + 8 * (H * T * T * 8) + B * H * T * T * 8,  # the check's scores in fp64, math's scores
+            operands=operands, check=lambda make=operands: make(1), ours=_results(fastlm.attention_qkv, backward),
+            peers={name: _results(_sdpa(kernel), backward) for name, kernel in kernels.items()},
         )
 
 
@@ -51,21 +52,14 @@ def _results(attention, backward):
     return run
 
 
-def _sdpa(qkv):
-    q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, H, T, D) each
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
-
-
-def _pinned(kernel):
+def _sdpa(kernel):
+    """PyTorch's attention of a packed qkv, pinned to a kernel, or its own choice where that is None."""
     def run(qkv):
-        with sdpa_kernel(kernel):
-            return _sdpa(qkv)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, H, T, D) each
+        with contextlib.nullcontext() if kernel is None else sdpa_kernel(kernel):
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
 
     return run
-
-
-def _math(qkv):
-    return _pinned(SDPBackend.MATH)(qkv)
 
 
 def bench_attention(contest):

@@ -6,8 +6,9 @@ Least traffic: 2 · B · T · H · D elements, read once and written once.
 import torch
 
 import fastlm
+from fastlm.numerics import DTYPES
 
-from .harness import DTYPES, Case
+from .harness import Case
 
 PAGE = 64
 SHAPES = {

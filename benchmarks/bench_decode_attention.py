@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 
 import fastlm
+from fastlm.numerics import DTYPES
 
-from .harness import DTYPES, Case
+from .harness import Case
 
 PAGE = 64
 SHAPES = {

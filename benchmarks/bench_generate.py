@@ -6,15 +6,15 @@
 
 import statistics
 import time
-from dataclasses import dataclass, field
 
 import torch
 
 from fastlm.generation import stream_tokens
-from fastlm.measure.clock import NOISY, Times, race
+from fastlm.measure.clock import Times, race
+from fastlm.numerics import DTYPES, norm_ratio
 
-from .harness import DTYPES, refusal
-from .programs import MODEL, absent, check_sizes, norm_ratio, pair, weights
+from .harness import absent_rows, figures, refusal, row_of
+from .programs import MODEL, Program, absent, pair, weights
 
 SHAPES = {
     "cpu": [{"B": B, "T": T, "N": N, **MODEL} for B, T, N in ((1, 32, 32), (8, 32, 16), (1, 512, 8))],
@@ -23,24 +23,15 @@ SHAPES = {
 
 
 def cases(shape, dtype, device):
-    check_sizes("generate", shape)
     if shape["N"] < 2:
         raise ValueError(f"generate: N is {shape['N']}, wanted 2 or more new tokens")
     yield Generate(shape, dtype)
 
 
-@dataclass(frozen=True)
-class Generate:
-    """One model and batch; its rows are those of prefill and decode of every contender."""
+class Generate(Program):
+    """Prefill and decode of every contender."""
 
-    shape: dict[str, int]
-    dtype: str
-    op: str = "generate"
-    peers: dict = field(default_factory=dict)
-
-    @property
-    def name(self):
-        return f"generate {self.dtype} " + " ".join(f"{k}={v}" for k, v in self.shape.items())
+    op = "generate"
 
     @property
     def memory(self):
@@ -63,10 +54,14 @@ class Generate:
             writers["transformers, static"] = _theirs(theirs, tokens, "static")
         rows, racing = [], {}
         for name, write in writers.items():
-            row = {"op": "generate", "dtype": self.dtype, "shape": self.shape, "cold": cold, "contender": name,
-                   "ours": name == "fastlm"}
-            parts = [{**row, "part": "prefill"}, {**row, "part": "decode"}]
+            parts = [row_of(self, part, name, ours=name == "fastlm", cold=cold) for part in ("prefill", "decode")]
             rows += parts
+            if name == "fastlm":
+                wrong = error is not None and not error <= 1
+                for part in parts:
+                    part |= {"error": error, "wrong": True} if wrong else {"error": error}
+                if wrong:
+                    continue
             try:
                 got = write(N)
             except (RuntimeError, NotImplementedError, ValueError, ImportError) as failed:
@@ -74,11 +69,6 @@ class Generate:
                     part["refused"] = refusal(failed)
                 continue
             assert len(got[0]) == T + N, f"{name} wrote {len(got[0]) - T} tokens, wanted {N}"
-            if name == "fastlm":
-                for part in parts:
-                    part |= {"error": error} if error is None or error <= 1 else {"error": error, "wrong": True}
-                if error is not None and error > 1:
-                    continue
             racing |= {(name, n): [lambda write=write, n=n: write(n)] for n in (1, N)}
         times = race(racing, device=device, seconds=seconds, rounds=(3, 30))
         prefill = roofs.floor(bytes=weights(self.shape) * dtype.itemsize, dtype=self.dtype, traffic="read",
@@ -92,16 +82,12 @@ class Generate:
             first, whole = (times[row["contender"], n].samples for n in (1, N))
             prefills = row["part"] == "prefill"
             taken = Times(first if prefills else tuple((b - a) / (N - 1) for a, b in zip(first, whole)))
-            row |= {
-                "median_us": taken.median * 1e6, "spread": taken.spread, "noisy": taken.spread > NOISY,
+            row |= figures(taken, floors[row["part"]]) | {
                 "tokens_per_s": B * (T if prefills else 1) / taken.median, "chosen": row["ours"],
-                "of_roof": floors[row["part"]] / taken.median, "samples_us": [round(s * 1e6, 1) for s in taken.samples],
             }
-        for row in rows:
-            if row["ours"] and row["part"] == "decode" and "median_us" in row:
+            if row["ours"] and not prefills:
                 row["latency_us"] = _latencies(ours, tokens, N)
-        rows += [{"op": "generate", "part": "decode", "dtype": self.dtype, "shape": self.shape, "cold": cold,
-                  "contender": name, "ours": False, "refused": why} for name, why in absent().items()]
+        rows += absent_rows(self, "decode", absent(), cold=cold)
         return sorted(rows, key=lambda row: row["part"] != "prefill")
 
     @torch.no_grad()
@@ -112,7 +98,7 @@ class Generate:
         try:
             got, composed = ours.to(dtype).eval()(tokens)[0], theirs.to(dtype).eval()(tokens).logits
             # fp64 of the weights as rounded to the dtype: both compute with these
-            return norm_ratio(got, composed, theirs.double()(tokens).logits, dtype)
+            return norm_ratio(got, composed, theirs.double()(tokens).logits)
         finally:
             ours.float(), theirs.float()
 

@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 
 import fastlm
+from fastlm.numerics import DTYPES
 
-from .harness import DTYPES, Case
+from .harness import Case
 
 SHAPES = {
     "cpu": [{"N": 1024, "V": 50257}],

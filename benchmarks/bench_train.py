@@ -3,14 +3,13 @@
 fp32, or bf16 by autocast over fp32 weights. FLOPs: 6 a weight and token, and 6 · L · C · T a token for attention.
 """
 
-from dataclasses import dataclass, field
-
 import torch
 
-from fastlm.measure.clock import NOISY, race
+from fastlm.measure.clock import race
+from fastlm.numerics import DTYPES
 
-from .harness import DTYPES, refusal
-from .programs import MODEL, absent, check_sizes, pair, peak_bytes, weights
+from .harness import absent_rows, figures, refusal, row_of
+from .programs import MODEL, Program, absent, pair, peak_bytes, weights
 
 BABY = {"L": 4, "H": 4, "C": 128, "V": 65}  # nanoGPT's CPU model
 SHAPES = {
@@ -20,22 +19,13 @@ SHAPES = {
 
 
 def cases(shape, dtype, device):
-    check_sizes("train", shape)
     yield Train(shape, dtype)
 
 
-@dataclass(frozen=True)
-class Train:
-    """One model and batch; a row for every contender."""
+class Train(Program):
+    """A step of every contender."""
 
-    shape: dict[str, int]
-    dtype: str
-    op: str = "train"
-    peers: dict = field(default_factory=dict)
-
-    @property
-    def name(self):
-        return f"train {self.dtype} " + " ".join(f"{k}={v}" for k, v in self.shape.items())
+    op = "train"
 
     @property
     def memory(self):
@@ -59,8 +49,7 @@ class Train:
             with torch.no_grad():
                 truth = float(losses["transformers"][1]())
         for name, (model, loss_of) in losses.items():
-            row = {"op": "train", "part": "step", "dtype": self.dtype, "shape": self.shape, "cold": cold,
-                   "contender": name, "ours": name == "fastlm"}
+            row = row_of(self, "step", name, ours=name == "fastlm", cold=cold)
             rows.append(row)
             step = _step(model, loss_of, self.dtype, device)
             try:
@@ -82,15 +71,11 @@ class Train:
         flops = 6 * B * T * (weights(self.shape) + L * C * T)
         for row in rows:
             if (taken := times.get(row["contender"])) is not None:
-                row |= {
-                    "median_us": taken.median * 1e6, "spread": taken.spread, "noisy": taken.spread > NOISY,
+                row |= figures(taken, flops / roofs.products[self.dtype]) | {
                     "tokens_per_s": B * T / taken.median, "tflop_per_s": flops / taken.median * 1e-12,
-                    "of_roof": flops / roofs.products[self.dtype] / taken.median, "chosen": row["ours"],
-                    "samples_us": [round(sample * 1e6, 1) for sample in taken.samples],
+                    "chosen": row["ours"],
                 }
-        rows += [{"op": "train", "part": "step", "dtype": self.dtype, "shape": self.shape, "cold": cold,
-                  "contender": name, "ours": False, "refused": why} for name, why in absent().items()]
-        return rows
+        return rows + absent_rows(self, "step", absent(), cold=cold)
 
 
 def _autocast(dtype, device):

@@ -7,7 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastlm import dispatch
 from fastlm.measure import tuned
-from fastlm.measure.roofs import DTYPES
+from fastlm.numerics import DTYPES
 
 
 def explanation(case):
@@ -15,18 +15,15 @@ def explanation(case):
     torch.manual_seed(0)
     with _Calls() as calls:
         case.ours(*(case.check or case.operands)())
-    forced = dispatch.forced(case.op)
     for name, args in calls.seen.items():
         row = dispatch.TABLE[name]
-        configurations = _configurations(row, args)
-        order = dispatch.candidates(row, *args)
-        reasons = {backend: dispatch.why_not(name, backend, *args) for backend in (*order, *row.kernels)}
-        chosen = forced if forced in row.kernels else next(b for b in order if reasons[b] is None)
+        chosen = dispatch.choice(row, *args)
+        configurations = _configurations(row, args) if chosen == "triton" else []
         launch = f", launched with {', '.join(map(str, configurations))}" if configurations else ""
         yield f"[bold cyan]{name}[/] runs on [bold green]{chosen}[/]{launch}"
-        for backend, reason in reasons.items():
+        for backend in row.kernels:
             if backend != chosen:
-                told = reason or ("another is forced" if forced in row.kernels else _behind(row, chosen, backend, args))
+                told = dispatch.why_not(name, backend, *args) or _behind(row, chosen, backend, args)
                 yield f"  not {backend}: " + told.replace("[", "\\[")
 
 
@@ -44,31 +41,27 @@ class _Calls(TorchDispatchMode):
 
 
 def _configurations(row, args):
-    """What the chosen Triton kernel's `_config` answered, in the order of its launches; () elsewhere."""
-    row.chosen.clear()
-    with dispatch.record() as calls:
-        getattr(torch.ops.fastlm, row.name)(*args)
-    if (row.name, "triton") not in calls:
-        return ()
+    """What the `_config` of a Triton kernel's module answers during a call, in the order of its launches."""
     module, asked = importlib.import_module(row.kernels["triton"]), []
-    if not hasattr(module, "_config"):
-        return ()
-    original = module._config
+    original = getattr(module, "_config", None)
 
     def asking(*arguments):
         asked.append(original(*arguments))
         return asked[-1]
 
-    module._config = asking
-    try:
-        getattr(torch.ops.fastlm, row.name)(*args)
-    finally:
-        module._config = original
+    if original is not None:
+        module._config = asking
+        try:
+            getattr(torch.ops.fastlm, row.name)(*args)
+        finally:
+            module._config = original
     return asked
 
 
 def _behind(row, chosen, backend, args):
     """Why a backend that could run is not chosen."""
+    if dispatch.forced(row.family) == chosen:
+        return "another is forced"
     tensor = next(arg for arg in args if isinstance(arg, torch.Tensor) and arg.is_floating_point())
     for tuned_row in tuned.tables(tensor.device):
         us = tuned_row["us"]

@@ -23,6 +23,10 @@ from typing import Annotated
 
 import typer
 
+from fastlm.measure.files import slug, write_json
+
+from . import harness
+
 ROOT = Path(__file__).resolve().parent.parent
 LIMIT = 480  # seconds a phase
 PHASES = ("build", "probe", "tests", "sanitize", "bench-ops", "bench-train", "bench-generate")
@@ -46,9 +50,8 @@ def main(
     if device is None:
         typer.echo("this machine has no CUDA GPU that torch can use; --dry runs the phases on the CPU", err=True)
         raise typer.Exit(2)
-    folder = results / "".join(c if c.isalnum() else "-" for c in device)
-    folder.mkdir(parents=True, exist_ok=True)
-    commit = _git("rev-parse", "--short", "HEAD") or "unknown"
+    folder = results / slug(device)
+    commit = (harness.commit() or "unknown").rstrip("+")  # results that were just written change the tree
     for phase in phases or PHASES:
         if not phases and (former := _read(folder, phase)) and former["passed"] and former["commit"] == commit:
             typer.echo(f"{phase}: has passed at {commit}")
@@ -56,9 +59,7 @@ def main(
         typer.echo(f"{phase}: running, at most {LIMIT} s")
         found = run(phase, commands(phase, folder, dry=dry))
         found |= {"phase": phase, "commit": commit, "device": device, "date": time.strftime("%Y-%m-%d %H:%M:%S %z")}
-        partial = folder / f".{phase}.partial"
-        partial.write_text(json.dumps(found, indent=1) + "\n")
-        partial.replace(folder / f"{phase}.json")
+        write_json(folder / f"{phase}.json", found)
         typer.echo(f"{phase}: {_verdict(found)} in {found['seconds']:.0f} s")
     typer.echo("")
     missing = False
@@ -132,7 +133,7 @@ def _device(dry):
     import torch
 
     if dry:
-        return "dry run"
+        return "dry-run"
     return torch.cuda.get_device_name() if torch.cuda.is_available() else None
 
 
@@ -142,11 +143,6 @@ def _read(folder, phase):
         return found if {"passed", "commit", "seconds", "summary"} <= found.keys() else None
     except (OSError, ValueError, AttributeError):  # never run, or cut off: it runs again
         return None
-
-
-def _git(*arguments):
-    done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True)
-    return done.stdout.strip() if done.returncode == 0 else None
 
 
 if __name__ == "__main__":

@@ -26,9 +26,10 @@ import torch
 
 import fastlm.ops  # noqa: F401  fills dispatch's table
 from fastlm import dispatch
-from fastlm.measure.clock import NOISY, race, sets_beyond_cache
-from fastlm.measure.roofs import DTYPES, device_name
-from fastlm.numerics import compare
+from fastlm.measure.clock import race, sets_beyond_cache
+from fastlm.measure.files import write_json
+from fastlm.measure.roofs import device_name
+from fastlm.numerics import DTYPES, compare
 
 OPS = ("softmax_xent", "attention", "decode_attention", "cache_append")
 PROGRAMS = ("generate", "train")
@@ -127,14 +128,11 @@ def fastest(rows):
 
 
 def contenders(case, device):
-    """name → function of the operands, ours first as "fastlm <backend>"; and the backend that dispatch chooses."""
-    found = {}
-    for backend in dispatch.backends_of(case.op):
-        natively = device in dispatch.devices(backend) and os.environ.get("TRITON_INTERPRET") != "1"
-        if backend != "reference" and (natively or backend != "triton") and dispatch.machine_why_not(backend) is None:
-            if device in dispatch.devices(backend):
-                found[f"fastlm {backend}"] = _forcing(case, backend)
-    return {**found, **case.peers}
+    """name → function of the operands: ours, as "fastlm <backend>", on every backend that runs natively, and peers."""
+    interpreted = {"triton"} if os.environ.get("TRITON_INTERPRET") == "1" else set()
+    names = [name for name in dispatch.backends_of(case.op) if name not in {"reference"} | interpreted
+             and device in dispatch.devices(name) and dispatch.machine_why_not(name) is None]
+    return {**{f"fastlm {name}": _forcing(case, name) for name in names}, **case.peers}
 
 
 def _forcing(case, backend):
@@ -157,8 +155,7 @@ def measure(case, device, roofs, *, seconds=1.0, cold=True):
     truth, composed = _reference(case, [_double(x) for x in operands]), _reference(case, operands)
     rows, racing = [], {}
     for name, function in contenders(case, device).items():
-        row = {"op": case.op, "part": case.part, "dtype": case.dtype, "shape": case.shape, "cold": cold,
-               "contender": name, "ours": hasattr(function, "backend")}
+        row = row_of(case, case.part, name, ours=hasattr(function, "backend"), cold=cold)
         rows.append(row)
         try:
             with _use(case, function):
@@ -183,15 +180,28 @@ def measure(case, device, roofs, *, seconds=1.0, cold=True):
     floor = roofs.floor(bytes=case.bytes, flops=case.flops, dtype=case.dtype, traffic=case.traffic)
     for row in rows:
         if (taken := times.get(row["contender"])) is not None:
-            row |= {
-                "median_us": taken.median * 1e6, "spread": taken.spread, "noisy": taken.spread > NOISY,
+            row |= figures(taken, floor) | {
                 "gb_per_s": case.bytes / taken.median * 1e-9, "tflop_per_s": case.flops / taken.median * 1e-12,
-                "of_roof": floor / taken.median, "chosen": row["contender"] == f"fastlm {chosen}",
-                "samples_us": [round(sample * 1e6, 3) for sample in taken.samples],
+                "chosen": row["contender"] == f"fastlm {chosen}",
             }
-    rows += [{"op": case.op, "part": case.part, "dtype": case.dtype, "shape": case.shape, "cold": cold,
-              "contender": name, "ours": False, "refused": why} for name, why in case.absent.items()]
-    return rows
+    return rows + absent_rows(case, case.part, case.absent, cold=cold)
+
+
+def row_of(case, part, contender, *, ours, cold):
+    """A row without figures yet."""
+    return {"op": case.op, "part": part, "dtype": case.dtype, "shape": case.shape, "cold": cold,
+            "contender": contender, "ours": ours}
+
+
+def absent_rows(case, part, absent, *, cold):
+    """The rows of peers (name → why) that do not take part."""
+    return [row_of(case, part, name, ours=False, cold=cold) | {"refused": why} for name, why in absent.items()]
+
+
+def figures(times, floor):
+    """What Times tell, beside the seconds that the roof allows."""
+    return {"median_us": times.median * 1e6, "spread": times.spread, "noisy": times.noisy,
+            "of_roof": floor / times.median, "samples_us": [round(sample * 1e6, 3) for sample in times.samples]}
 
 
 def head(device):
@@ -225,11 +235,7 @@ def commit():
 
 def write(path, head, roofs, rows):
     """Writes a results file whole or not at all."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_text(json.dumps({"head": head, "roofs": roofs, "rows": rows}, indent=1) + "\n")
-    partial.replace(path)
+    write_json(path, {"head": head, "roofs": roofs, "rows": rows})
 
 
 def read(path):

@@ -1,12 +1,30 @@
 """What the two programs, generation and training, share: the same GPT-2 in fastlm and in transformers, and costs."""
 
 import importlib.util
+from dataclasses import dataclass
 
 import torch
 
 import fastlm
+from fastlm.certificate import transformers_twin
 
 MODEL = {"L": 12, "H": 12, "C": 768, "V": 50257}  # GPT-2 124M
+
+
+@dataclass(frozen=True)
+class Program:
+    """A program at one shape (letters → sizes, H divides C) in one dtype; what `run` returns are its rows."""
+
+    shape: dict[str, int]
+    dtype: str
+
+    def __post_init__(self):
+        if self.shape["C"] % self.shape["H"]:
+            raise ValueError(f"{self.op}: C={self.shape['C']} is no multiple of H={self.shape['H']}")
+
+    @property
+    def name(self):
+        return f"{self.op} {self.dtype} " + " ".join(f"{letter}={size}" for letter, size in self.shape.items())
 
 
 def absent():
@@ -27,11 +45,7 @@ def pair(shape, positions, device):
     ours = fastlm.GPT2(config).to(device)
     if absent():
         return ours, None
-    import transformers
-
-    values = {key: value for key, value in config.dump().items() if key != "dtype"}
-    theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(**values)).to(device)
-    theirs.load_state_dict(ours.state_dict())
+    theirs = transformers_twin(ours)
     theirs.generation_config.pad_token_id = 0
     return ours, theirs
 
@@ -40,12 +54,6 @@ def weights(shape):
     """Parameters that multiply something for every token: the blocks and the head, not the positions."""
     L, C, V = shape["L"], shape["C"], shape["V"]
     return L * (12 * C * C + 13 * C) + V * C + 2 * C
-
-
-def check_sizes(name, shape):
-    """Raises ValueError unless H divides C."""
-    if shape["C"] % shape["H"]:
-        raise ValueError(f"{name}: C={shape['C']} is no multiple of H={shape['H']}")
 
 
 def peak_bytes(call, device):
@@ -57,9 +65,3 @@ def peak_bytes(call, device):
     torch.cuda.reset_peak_memory_stats(device)
     call()
     return torch.cuda.max_memory_allocated(device) - before
-
-
-def norm_ratio(got, composed, truth, dtype):
-    """Error over allowed by tensor norm, where rounding adds up over layers: 4 × the composition's + 8 units."""
-    error, theirs = (float((x.double() - truth).norm()) for x in (got, composed))
-    return error / (4 * theirs + 8 * torch.finfo(dtype).eps * float(truth.norm()))

@@ -6,6 +6,7 @@ between its own two attention implementations, at least 8 rounding units.
 """
 
 import copy
+import importlib.util
 import math
 from dataclasses import asdict, dataclass
 
@@ -15,9 +16,7 @@ from fastlm import dispatch, ops
 from fastlm.backends import BACKENDS
 from fastlm.generation import KVCache
 from fastlm.gpt2 import GPT2, GPT2Config
-from fastlm.numerics import compare
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+from fastlm.numerics import DTYPES, compare, norm_ratio
 
 
 @dataclass(frozen=True)
@@ -208,42 +207,38 @@ def _model_lines(model, names, dtype, seed, say):
         except RuntimeError as error:
             yield Line("model", "all", name, dtype, 0.0, f"refused: {error}")
             continue
-        layers = {what: _model_ratio(got, composed, truth, what) for what in got if what.startswith("layer")}
+        layers = {what: norm_ratio(got[what], composed[what], truth[what]) for what in got if what.startswith("layer")}
         astray = next((what for what, ratio in layers.items() if not ratio <= 1), None)
         for what in ("logits", "loss", "decoded logits"):
-            ratio = _model_ratio(got, composed, truth, what)
+            ratio = norm_ratio(got[what], composed[what], truth[what])
             yield Line("model", what, name, dtype, ratio, f"first astray in {astray}" if astray and ratio > 1 else "")
         # The key bias has no effect on the loss: its gradient is rounding.
         worst = max((what for what in got if what.startswith("gradient") and not what.endswith("c_attn.bias")),
-                    key=lambda what: _model_ratio(got, composed, truth, what))
-        ratio = _model_ratio(got, composed, truth, worst)
+                    key=lambda what: norm_ratio(got[what], composed[what], truth[what]))
+        ratio = norm_ratio(got[worst], composed[worst], truth[worst])
         yield Line("model", "gradients", name, dtype, ratio, worst if ratio > 1 else "")
 
 
-def _model_ratio(got, composed, truth, what):
-    """Error over allowed by tensor norm, where rounding adds up over layers: 4 × the composition's + 8 units."""
-    scale = float(truth[what].norm())
-    error = float((got[what].double() - truth[what]).norm())
-    theirs = float((composed[what].double() - truth[what]).norm())
-    allowed = 4 * theirs + 8 * torch.finfo(got[what].dtype).eps * scale
-    return error / allowed if error == error else math.inf
+def transformers_twin(model, **options):
+    """transformers' GPT2LMHeadModel with a model's config, weights and device; options go to its config."""
+    import transformers
+
+    values = {key: value for key, value in model.config.dump().items() if key != "dtype"}
+    twin = transformers.GPT2LMHeadModel(transformers.GPT2Config(**values, **options))
+    twin.load_state_dict(model.state_dict())
+    return twin.to(model.device)
 
 
 def _transformers_lines(model, names, seed, say):
-    try:
-        import transformers
-    except ImportError:
+    if importlib.util.find_spec("transformers") is None:
         return
     tokens, targets = _batch(model, seed)
     ours = copy.deepcopy(model).float()
     theirs = []
     for attention in ("eager", "sdpa"):
         say(f"transformers' GPT-2, {attention} attention")
-        values = {key: value for key, value in ours.config.dump().items() if key != "dtype"}
-        twin = transformers.GPT2LMHeadModel(transformers.GPT2Config(**values, attn_implementation=attention))
-        twin.load_state_dict(ours.state_dict())
         with torch.no_grad():
-            logits = twin.to(ours.device).eval()(tokens).logits
+            logits = transformers_twin(ours, attn_implementation=attention).eval()(tokens).logits
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
         theirs.append({"logits": logits, "loss": loss[None]})
     eager, sdpa = theirs

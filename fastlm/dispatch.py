@@ -84,24 +84,27 @@ def backends_of(family):
 def _resolve(row, *args):
     if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(f"{row.name} is first called under CUDA graph capture; run it once before capturing")
+    function = row.chosen[row.key(*args)] = _load(row, choice(row, *args))
+    return function
+
+
+def choice(row, *args):
+    """The backend that runs a call; RuntimeError with the reasons where none can."""
     backend = forced(row.family)
     if backend in row.kernels:  # a backend may have a family's forward and leave its backward to others
         if (reason := why_not(row.name, backend, *args)) is not None:
             raise RuntimeError(f"{row.name} cannot run on backend {backend!r}: {reason}")
-    else:
-        reasons = {}
-        for backend in candidates(row, *args):
-            reasons[backend] = why_not(row.name, backend, *args)
-            if reasons[backend] is None:
-                break
-        else:
-            told = "; ".join(f"{backend}: {reason}" for backend, reason in reasons.items())
-            raise RuntimeError(f"no backend can run {row.name}: {told}")
-    function = row.chosen[row.key(*args)] = _load(row, backend)
-    return function
+        return backend
+    reasons = {}
+    for backend in _candidates(row, *args):
+        reasons[backend] = why_not(row.name, backend, *args)
+        if reasons[backend] is None:
+            return backend
+    told = "; ".join(f"{backend}: {reason}" for backend, reason in reasons.items())
+    raise RuntimeError(f"no backend can run {row.name}: {told}")
 
 
-def candidates(row, *args):
+def _candidates(row, *args):
     """The backends that are asked for a call when none is forced, in turn: as tuned on the device, then as usual."""
     tensor = next(arg for arg in args if isinstance(arg, torch.Tensor) and arg.is_floating_point())
     usual = row.order.get(tensor.device.type, ("torch", "reference"))

@@ -7,9 +7,12 @@ The truth is the op in fp64; the measure is PyTorch's own plain composition of t
                  there are more than 4096 elements, mean error ≤ 1.2 × PyTorch's (backward 1.5 ×) + 1/64 unit
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # by the names that people write
 
 
 @dataclass(frozen=True)
@@ -50,3 +53,10 @@ def compare(got, composed, truth, *, backward=False):
         if got.numel() > 4096:
             mean_allowed = float((1.5 if backward else 1.2) * theirs.mean() + unit / 64)
     return Comparison(float(error.max()), float(allowed), float(error.mean()), mean_allowed)
+
+
+def norm_ratio(got, composed, truth):
+    """Error over allowed by tensor norm, where rounding adds up over layers: 4 × the composition's + 8 units."""
+    error, theirs = (float((value.double() - truth).norm()) for value in (got, composed))
+    allowed = 4 * theirs + 8 * torch.finfo(got.dtype).eps * float(truth.norm())
+    return error / allowed if error == error else math.inf

@@ -115,11 +115,12 @@ def test_programs_are_measured_beside_transformers(program, sizes, parts, tmp_pa
     assert (decoding is not None) == (program == "generate")
 
 
+@pytest.mark.parametrize("factor", [1.01, float("nan")])
 @pytest.mark.parametrize("program, sizes", [("generate", "B=1,T=6,N=3"), ("train", "B=1,T=6")])
-def test_a_program_that_computes_something_else_has_no_speed(program, sizes, monkeypatch, tmp_path):
+def test_a_program_that_computes_something_else_has_no_speed(program, sizes, factor, monkeypatch, tmp_path):
     pytest.importorskip("transformers")
     right = fastlm.GPT2.hidden
-    monkeypatch.setattr(fastlm.GPT2, "hidden", lambda self, *a, **k: right(self, *a, **k) * 1.01)
+    monkeypatch.setattr(fastlm.GPT2, "hidden", lambda self, *a, **k: right(self, *a, **k) * factor)
     done = run(program, "--shape", f"{sizes},{TINY}", "--dtype", "fp32", "--out", str(tmp_path / "r.json"))
     assert done.exit_code == 1 and "fastlm is WRONG" in done.output
     assert not any("median_us" in row for row in harness.read(tmp_path / "r.json")["rows"] if row["ours"])

@@ -25,6 +25,7 @@ def bench(
 
     from fastlm.benchmarks import harness
     from fastlm.benchmarks.compare import changes
+    from fastlm.cli.device import device_of
     from fastlm.measure.roofs import roofs
 
     device = device_of(device)
@@ -68,17 +69,6 @@ def bench(
         _show_changes(console, found, bound, former["head"])
     if any(row.get("wrong") for row in rows) or any(change.verdict(bound) == "slower" for change in found):
         raise typer.Exit(1)
-
-
-def device_of(wanted):
-    """ "cpu" or "cuda" of "auto", "cpu" or "cuda"."""
-    import torch
-
-    if wanted not in ("auto", "cpu", "cuda"):
-        raise ValueError(f"--device is {wanted!r}, wanted auto, cpu or cuda")
-    if wanted == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device is cuda, but this machine has no CUDA GPU that torch can use")
-    return ("cuda" if torch.cuda.is_available() else "cpu") if wanted == "auto" else wanted
 
 
 def _slower(change, case, bound):

@@ -21,14 +21,10 @@ def check(
 
     import fastlm
     from fastlm.certificate import as_dict, certify
+    from fastlm.cli.device import device_of
     from fastlm.gpt2 import GPT2
 
-    if device not in ("auto", "cpu", "cuda"):
-        raise ValueError(f"--device is {device!r}, wanted auto, cpu or cuda")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device is cuda, but this machine has no CUDA GPU that torch can use")
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = device_of(device)
     loaded = None if model is None else GPT2.from_pretrained(str(model), device=device).eval()
     console, started = Console(), time.perf_counter()
     with Console(stderr=True).status("checking") as status:

@@ -24,6 +24,7 @@ def examine():
 
     import fastlm
     from fastlm.backends import BACKENDS, machine_why_not
+    from fastlm.measure.roofs import device_name
 
     packages = {}
     for name in ("torch", "triton", "numpy", "safetensors", "tokenizers", "transformers"):
@@ -40,7 +41,7 @@ def examine():
         "machine": {
             "python": platform.python_version(),
             "system": f"{platform.system()} {platform.machine()}",
-            "cpu": f"{_processor()}, {torch.get_num_threads()} threads",
+            "cpu": device_name("cpu"),
             "gpus": gpus,
         },
         "packages": packages,
@@ -48,17 +49,6 @@ def examine():
         "backends": {name: machine_why_not(name) or "runs" for name in BACKENDS},
         "devices": {device: _ops(device) for device in (["cpu", "cuda"] if gpus else ["cpu"])},
     }
-
-
-def _processor():
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            names = [line.split(":", 1)[1].strip() for line in file if line.startswith("model name")]
-        return names[0] if names else "unknown CPU"
-    except OSError:
-        import platform
-
-        return platform.processor() or "unknown CPU"
 
 
 def _built():

@@ -16,7 +16,8 @@ def explain(
 
     from fastlm.benchmarks import harness
     from fastlm.benchmarks.explanation import explanation
-    from fastlm.cli.bench import device_of, sizes_of
+    from fastlm.cli.bench import sizes_of
+    from fastlm.cli.device import device_of
     from fastlm.measure.roofs import roofs
 
     device = device_of(device)

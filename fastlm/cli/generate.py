@@ -28,6 +28,7 @@ def generate(
     import torch
 
     from fastlm import dispatch
+    from fastlm.cli.device import device_of
     from fastlm.data.tokenizer import Tokenizer
     from fastlm.generation.sampling import check_sampling
     from fastlm.gpt2 import GPT2
@@ -35,10 +36,7 @@ def generate(
 
     if dtype not in ("fp32", "bf16"):
         raise ValueError(f"--dtype is {dtype!r}, wanted fp32 or bf16")
-    if device not in ("auto", "cpu", "cuda"):
-        raise ValueError(f"--device is {device!r}, wanted auto, cpu or cuda")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device is cuda, but this machine has no CUDA GPU that torch can use")
+    device = device_of(device)
     dispatch.forced("decode_attention")  # a backend of FASTLM_BACKEND that this machine lacks says so now
     check_sampling(temperature, top_k, top_p, seed)  # before the seconds that a large model takes to load
     prompts = _read(prompt, file)
@@ -53,7 +51,6 @@ def generate(
         vocabulary = Tokenizer.load(tokenizer or directory)
     except ValueError as error:
         raise ValueError(f"{error}; pass a tokenizer's directory with --tokenizer") from None
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16}
     gpt2 = GPT2.from_pretrained(directory, device=device, dtype=dtypes[dtype])
     options = {

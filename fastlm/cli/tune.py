@@ -19,7 +19,7 @@ def tune(
     from rich.progress import Progress
 
     from fastlm.benchmarks import harness
-    from fastlm.cli.bench import device_of
+    from fastlm.cli.device import device_of
     from fastlm.config import GPT2Config
     from fastlm.measure import tuned
     from fastlm.measure.roofs import roofs

@@ -8,16 +8,14 @@ No table of device names: everything is measured, in seconds, and kept in the us
 """
 
 import json
-import os
 import time
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import torch
 
 from fastlm.measure.clock import cache_bytes, race
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+from fastlm.measure.files import cache_folder, slug, write_json
+from fastlm.numerics import DTYPES
 
 
 @dataclass(frozen=True)
@@ -54,18 +52,8 @@ def roofs(device="cpu", *, fresh=False):
             products={name: max(found.products[name], known.products.get(name, 0.0)) for name in found.products},
             taken=found.taken,
         )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(f".{os.getpid()}")
-    partial.write_text(json.dumps(asdict(found), indent=2))
-    partial.replace(path)
+    write_json(path, asdict(found))
     return found
-
-
-def cache_folder():
-    """FASTLM_CACHE, or the folder fastlm in the user's cache."""
-    if folder := os.environ.get("FASTLM_CACHE"):
-        return Path(folder)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastlm"
 
 
 def device_name(device):
@@ -127,8 +115,3 @@ def _best(times):
     """The fastest tenth: what the machine can do, not what its neighbours leave."""
     samples = sorted(times.samples)
     return samples[len(samples) // 10]
-
-
-def slug(text):
-    """A text as a file's name."""
-    return "".join(c if c.isalnum() or c in ".-" else "-" for c in text)

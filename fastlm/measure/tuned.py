@@ -6,11 +6,12 @@ were measured). `dispatch` reads it where no backend is forced.
 
 import functools
 import json
-import os
 import warnings
 from pathlib import Path
 
-from fastlm.measure.roofs import DTYPES, cache_folder, device_name, slug
+from fastlm.measure.files import cache_folder, slug, write_json
+from fastlm.measure.roofs import device_name
+from fastlm.numerics import DTYPES
 
 SHIPPED = Path(__file__).parent / "tables"
 
@@ -30,10 +31,7 @@ def save(device, head, rows):
     """Writes rows into the user's table of a device, over those of the same op and dtype. Returns its path."""
     path = cache_folder() / "tuned" / f"{slug(_name(device))}.json"
     merged = {(row["op"], row["dtype"]): row for row in [*_read(path), *rows]}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(f".{os.getpid()}")
-    partial.write_text(json.dumps({"head": head, "rows": list(merged.values())}, indent=1) + "\n")
-    partial.replace(path)
+    write_json(path, {"head": head, "rows": list(merged.values())})
     _rows.cache_clear()
     return path
 
