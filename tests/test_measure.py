@@ -20,6 +20,11 @@ def test_contenders_take_turns_and_their_operands_rotate():
     assert [i for name, i in seen if name == "a"][:12] == [0, 1, 2, 0, 1, 2] * 2
 
 
+def test_a_race_that_nobody_entered():
+    """Where every contender refused or was wrong."""
+    assert race({}) == {}
+
+
 def test_a_sample_is_the_time_of_one_call():
     """Only that the units are right: 5 ms of sleep are neither 0.5 nor 50."""
     (times,) = race({"": [lambda: time.sleep(5e-3)]}, rounds=(3, 3)).values()

@@ -46,6 +46,8 @@ def race(contenders, *, device="cpu", seconds=1.0, batch_seconds=2e-3, rounds=(5
     rounds; a sample is a batch of calls that takes batch_seconds or more. before(name) and one call go ahead of each
     batch, untimed.
     """
+    if not contenders:
+        return {}
     timer = _cuda_seconds if torch.device(device).type == "cuda" else _wall_seconds
     circles, lengths, cost = {}, {}, 0.0
     before = before or (lambda name: None)
