@@ -1,11 +1,14 @@
-"""Greedy generation, B sequences of T tokens and N new ones, beside transformers' generate.
+"""Greedy generation, B sequences of T tokens and N new ones, beside transformers, CTranslate2 and llama.cpp.
 
     prefill    the time of the first new token        roof: the products' FLOPs
     decode     the mean time of each further step     roof: weights and cache read once a step
 """
 
+import copy
 import statistics
+import tempfile
 import time
+from pathlib import Path
 
 import torch
 
@@ -14,6 +17,7 @@ from fastlm.measure.clock import Times, race
 from fastlm.numerics import DTYPES, norm_ratio
 
 from .harness import absent_rows, figures, refusal, row_of
+from .peers import peers
 from .programs import MODEL, Program, absent, pair, weights
 
 SHAPES = {
@@ -47,30 +51,31 @@ class Generate(Program):
         tokens = torch.randint(V, (B, T), generator=torch.Generator().manual_seed(1)).to(device)
         error = self._error(ours, theirs, tokens[:1], dtype)
         ours = ours.to(dtype).eval()
-        writers = {"fastlm": lambda n: ours.generate(tokens, max_new_tokens=n, temperature=0, stop_at=None)}
-        if theirs is not None:
-            theirs = theirs.to(dtype).eval()
-            writers["transformers"] = _theirs(theirs, tokens)
-            writers["transformers, static"] = _theirs(theirs, tokens, "static")
-        rows, racing = [], {}
-        for name, write in writers.items():
-            parts = [row_of(self, part, name, ours=name == "fastlm", cold=cold) for part in ("prefill", "decode")]
-            rows += parts
-            if name == "fastlm":
-                wrong = error is not None and not error <= 1
-                for part in parts:
-                    part |= {"error": error, "wrong": True} if wrong else {"error": error}
-                if wrong:
+        with tempfile.TemporaryDirectory() as folder:
+            makers, missing = self._peers(theirs, tokens, device, Path(folder))
+            makers = {"fastlm": lambda: lambda n: ours.generate(tokens, max_new_tokens=n, temperature=0, stop_at=None),
+                      **makers}
+            rows, racing = [], {}
+            for name, make in makers.items():
+                parts = [row_of(self, part, name, ours=name == "fastlm", cold=cold) for part in ("prefill", "decode")]
+                rows += parts
+                if name == "fastlm":
+                    wrong = error is not None and not error <= 1
+                    for part in parts:
+                        part |= {"error": error, "wrong": True} if wrong else {"error": error}
+                    if wrong:
+                        continue
+                try:
+                    write = make()
+                    got = write(N)
+                except (RuntimeError, NotImplementedError, ValueError, ImportError) as failed:
+                    for part in parts:
+                        part["refused"] = refusal(failed)
                     continue
-            try:
-                got = write(N)
-            except (RuntimeError, NotImplementedError, ValueError, ImportError) as failed:
-                for part in parts:
-                    part["refused"] = refusal(failed)
-                continue
-            assert len(got[0]) == T + N, f"{name} wrote {len(got[0]) - T} tokens, wanted {N}"
-            racing |= {(name, n): [lambda write=write, n=n: write(n)] for n in (1, N)}
-        times = race(racing, device=device, seconds=seconds, rounds=(3, 30))
+                if len(got[0]) != T + N:
+                    raise AssertionError(f"{name} wrote {len(got[0]) - T} tokens, wanted {N}")
+                racing |= {(name, n): [lambda write=write, n=n: write(n)] for n in (1, N)}
+            times = race(racing, device=device, seconds=seconds, rounds=(3, 30))
         prefill = roofs.floor(bytes=weights(self.shape) * dtype.itemsize, dtype=self.dtype, traffic="read",
                               flops=2 * B * (T * (weights(self.shape) - V * C) + V * C + L * C * T * T))
         step_bytes = (weights(self.shape) + B * L * 2 * C * (T + N / 2)) * dtype.itemsize
@@ -87,8 +92,19 @@ class Generate(Program):
             }
             if row["ours"] and not prefills:
                 row["latency_us"] = _latencies(ours, tokens, N)
-        rows += absent_rows(self, "decode", absent(), cold=cold)
+        rows += absent_rows(self, "decode", missing, cold=cold)
         return sorted(rows, key=lambda row: row["part"] != "prefill")
+
+    def _peers(self, theirs, tokens, device, folder):
+        """({name: function that gives write(n)}, {name: why it does not take part})."""
+        if theirs is None:  # the converted peers are made from transformers' model
+            return {}, absent()
+        known, missing = peers(self.dtype, device)
+        twins = {name: copy.deepcopy(theirs).to(DTYPES[self.dtype]).eval() for name in _CACHES}
+        makers = {name: lambda name=name: _theirs(twins[name], tokens, **_CACHES[name]) for name in _CACHES}
+        makers |= {name: lambda peer=peer: peer(theirs.eval(), tokens, self.shape["N"], folder)
+                   for name, peer in known.items()}
+        return makers, missing
 
     @torch.no_grad()
     def _error(self, ours, theirs, tokens, dtype):
@@ -103,9 +119,24 @@ class Generate(Program):
             ours.float(), theirs.float()
 
 
-def _theirs(model, tokens, cache=None):
+# name: what transformers' generate does
+_CACHES = {
+    "transformers": {}, "transformers, static": {"cache": "static"},
+    "transformers, compiled": {"cache": "static", "compiled": True},
+}
+
+
+def _theirs(model, tokens, cache=None, compiled=False):
+    options = {} if cache is None else {"cache_implementation": cache}
+    if compiled:
+        from transformers.generation.configuration_utils import CompileConfig
+
+        options["compile_config"] = CompileConfig(fullgraph=False)
+        options["compile_config"]._compile_all_devices = True  # it compiles on GPUs alone otherwise
+    elif cache is not None:
+        options["disable_compile"] = True
+
     def write(n):
-        options = {} if cache is None else {"cache_implementation": cache}
         with torch.inference_mode():
             return model.generate(tokens, attention_mask=torch.ones_like(tokens), do_sample=False, min_new_tokens=n,
                                   max_new_tokens=n, **options)

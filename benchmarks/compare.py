@@ -6,8 +6,13 @@
 A change counts where it is beyond `bound` and beyond the spreads of both samples together.
 """
 
+import contextlib
 import statistics
+import subprocess
+import sys
+import tempfile
 from dataclasses import dataclass
+from pathlib import Path
 
 BOUND = 0.10
 
@@ -54,6 +59,60 @@ def changes(old_rows, new_rows):
     if not found:
         raise ValueError("the two runs have no case of ours in common: measure the same ops, shapes and dtypes")
     return found
+
+
+ROOT = Path(__file__).resolve().parent.parent
+RUN = """
+import sys
+sys.meta_path[:] = [finder for finder in sys.meta_path if "editable" not in type(finder).__module__.lower()
+                    and "ScikitBuild" not in type(finder).__name__]
+sys.path.insert(0, {package!r})
+import fastlm.cli
+assert fastlm.__file__.startswith({package!r}), fastlm.__file__
+fastlm.cli.main()
+"""
+
+
+def measure_revision(revision, arguments, *, cuda):
+    """The results (head, roofs, rows) of `fastlm bench` with `arguments` at a commit, built in a folder that goes away.
+
+    Raises ValueError where there is no such commit, or where it cannot be built or measured.
+    """
+    if _git("rev-parse", "--verify", "--quiet", f"{revision}^{{commit}}").returncode:
+        raise ValueError(
+            f"--compare: {revision!r} is neither a results file nor a commit of the checkout {ROOT}; write a file with "
+            "fastlm bench --out FILE"
+        )
+    from . import harness
+
+    with tempfile.TemporaryDirectory() as folder, _worktree(revision, Path(folder) / "tree") as tree:
+        package, out = Path(folder) / "package", Path(folder) / "rows.json"
+        install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(package), str(tree)]
+        _call(install if cuda else [*install, "-Ccmake.define.FASTLM_CUDA=OFF"], f"{revision} does not build")
+        script = RUN.format(package=str(package))
+        _call([sys.executable, "-c", script, "bench", *arguments, "--out", str(out)], f"{revision} cannot be measured")
+        return harness.read(out)
+
+
+@contextlib.contextmanager
+def _worktree(revision, path):
+    if (done := _git("worktree", "add", "--detach", str(path), revision)).returncode:
+        raise ValueError(f"--compare: git worktree add {revision}: {done.stderr.strip()}")
+    try:
+        yield path
+    finally:
+        _git("worktree", "remove", "--force", str(path))
+
+
+def _git(*arguments):
+    return subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True)
+
+
+def _call(command, told):
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tempfile.gettempdir())
+    if done.returncode:
+        said = (done.stderr.strip() or done.stdout.strip() or "no output").splitlines()
+        raise ValueError(f"--compare: {told}: {said[-1][:300]}")
 
 
 def case_of(row):

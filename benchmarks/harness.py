@@ -26,7 +26,7 @@ import torch
 
 import fastlm.ops  # noqa: F401  fills dispatch's table
 from fastlm import dispatch
-from fastlm.measure.clock import race, sets_beyond_cache
+from fastlm.measure.clock import NOISY, Times, race, sets_beyond_cache
 from fastlm.measure.files import write_json
 from fastlm.measure.roofs import device_name
 from fastlm.numerics import DTYPES, compare
@@ -57,6 +57,7 @@ class Case:
     absent: dict[str, str] = field(default_factory=dict)  # peer → the sentence why it does not take part
     check: Callable | None = None
     traffic: str = "copy"  # or "read": the roof that the bytes have
+    passes = 2  # a machine's mood lasts longer than a race: the second comes after all other cases
 
     def run(self, device, roofs, **options):
         """The rows of this case; see `measure`."""
@@ -198,6 +199,27 @@ def absent_rows(case, part, absent, *, cold):
     return [row_of(case, part, name, ours=False, cold=cold) | {"refused": why} for name, why in absent.items()]
 
 
+def merge(rows, again):
+    """The rows of a case from both of its passes: all samples, and a spread that covers what lay between the two."""
+    merged = []
+    for first, second in zip(rows, again):
+        row = {**first, **{key: second[key] for key in ("wrong", "refused") if key in second}}
+        if "median_us" in first and "median_us" in second:
+            samples = first["samples_us"] + second["samples_us"]
+            both = Times(tuple(samples))
+            spread = max(both.spread, abs(first["median_us"] - second["median_us"]) / both.median)
+            row |= {"median_us": both.median, "samples_us": samples, "spread": spread, "noisy": spread > NOISY}
+            row |= {rate: first[rate] * first["median_us"] / both.median
+                    for rate in ("of_roof", "gb_per_s", "tflop_per_s")}
+        elif "median_us" in first:
+            row = {key: value for key, value in row.items() if key not in FIGURES}
+        merged.append(row)
+    return merged
+
+
+FIGURES = ("median_us", "spread", "noisy", "of_roof", "samples_us", "gb_per_s", "tflop_per_s")
+
+
 def figures(times, floor):
     """What Times tell, beside the seconds that the roof allows."""
     return {"median_us": times.median * 1e6, "spread": times.spread, "noisy": times.noisy,
@@ -260,6 +282,20 @@ def plan(case, device):
             f"{case.name} needs about {case.memory / 2**30:.1f} GiB and {free / 2**30:.1f} GiB are free; "
             "choose smaller sizes with --shape"
         )
+
+
+def fitting(cases, device, asked):
+    """(the cases that fit into memory, sentences on the others); asked: for each, so that one too large raises."""
+    fit, told = [], []
+    for case in cases:
+        try:
+            plan(case, device)
+            fit.append(case)
+        except ValueError as error:
+            if asked:
+                raise
+            told.append(str(error))
+    return fit, told
 
 
 def free_memory(device):

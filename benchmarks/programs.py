@@ -17,6 +17,7 @@ class Program:
 
     shape: dict[str, int]
     dtype: str
+    passes = 1
 
     def __post_init__(self):
         if self.shape["C"] % self.shape["H"]:

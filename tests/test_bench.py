@@ -1,6 +1,7 @@
 """The harness, the comparison of two runs, and `fastlm bench`."""
 
 import dataclasses
+import itertools
 import json
 import time
 
@@ -10,7 +11,7 @@ from typer.testing import CliRunner
 
 import fastlm
 from fastlm import dispatch, native
-from fastlm.benchmarks import compare, harness, programs
+from fastlm.benchmarks import compare, harness, peers, programs
 from fastlm.cli import app
 from fastlm.measure import roofs as roofs_module
 from fastlm.measure.roofs import Roofs
@@ -25,7 +26,7 @@ def here(monkeypatch, tmp_path):
     """Roofs without measuring, and no compiled peer: compiling takes seconds."""
     monkeypatch.setenv("FASTLM_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(roofs_module, "measure", lambda device, **options: ROOFS)
-    monkeypatch.setattr(torch, "compile", lambda function: function)
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
 
 
 def run(*arguments):
@@ -105,8 +106,11 @@ def test_programs_are_measured_beside_transformers(program, sizes, parts, tmp_pa
     pytest.importorskip("transformers")
     done = run(program, "--shape", f"{sizes},{TINY}", "--out", str(tmp_path / "r.json"))
     assert done.exit_code == 0, done.output + str(done.exception)
-    rows = harness.read(tmp_path / "r.json")["rows"]
-    assert len(rows) == 3 * 2 * len(parts) and {row["part"] for row in rows} == set(parts)
+    rows = [row for row in harness.read(tmp_path / "r.json")["rows"] if "refused" not in row]
+    assert {row["part"] for row in rows} == set(parts)
+    for part, dtype in itertools.product(parts, ("fp32", "bf16")):
+        names = {row["contender"] for row in rows if (row["part"], row["dtype"]) == (part, dtype)}
+        assert {"fastlm", "transformers", "transformers, compiled"} <= names
     for row in rows:
         tokens = 2 if row["part"] == "decode" else 12
         assert row["tokens_per_s"] == pytest.approx(tokens / row["median_us"] * 1e6)
@@ -124,6 +128,62 @@ def test_a_program_that_computes_something_else_has_no_speed(program, sizes, fac
     done = run(program, "--shape", f"{sizes},{TINY}", "--dtype", "fp32", "--out", str(tmp_path / "r.json"))
     assert done.exit_code == 1 and "fastlm is WRONG" in done.output
     assert not any("median_us" in row for row in harness.read(tmp_path / "r.json")["rows"] if row["ours"])
+
+
+@pytest.mark.parametrize("dtype, name", [
+    ("fp32", "CTranslate2"), ("fp32", "llama.cpp"), ("bf16", "llama.cpp"), ("bf16", "CTranslate2, int8"),
+    ("bf16", "llama.cpp, q8_0"), ("fp16", "llama.cpp"),
+])
+def test_converted_peers_hold_the_same_model(dtype, name, tmp_path):
+    """In fp32 they write our greedy tokens; a narrower one goes astray later, at a near tie."""
+    known, missing = peers.peers(dtype, "cpu")
+    if name not in known:
+        pytest.skip(f"{name}: {missing[name]}")
+    ours, theirs = programs.pair({"L": 2, "H": 2, "C": 64, "V": 97}, 20, "cpu")
+    with torch.no_grad():
+        for parameter in ours.parameters():
+            parameter.normal_(std=0.2) if parameter.dim() == 2 else None
+    theirs.load_state_dict(ours.state_dict())
+    before = {key: value.clone() for key, value in theirs.state_dict().items()}
+    prompts = torch.randint(97, (2, 8), generator=torch.Generator().manual_seed(3))
+    wanted = [row.tolist() for row in ours.eval().generate(prompts, max_new_tokens=9, temperature=0, stop_at=None)]
+    write = known[name](theirs.eval(), prompts, 9, tmp_path)
+    got = write(9)
+    assert [len(row) for row in got] == [17, 17] and write(1) == [row[:9] for row in got]
+    assert got == wanted if dtype == "fp32" else [row[:9] for row in got] == [row[:9] for row in wanted]
+    assert all(torch.equal(value, before[key]) for key, value in theirs.state_dict().items())
+
+
+def test_peers_that_are_absent_are_told(monkeypatch):
+    monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: None)
+    known, missing = peers.peers("bf16", "cpu")
+    assert not known and set(missing.values()) == {"not installed: pip install 'fastlm[peers]'"}
+    assert peers.peers("bf16", "cuda") == ({}, {})
+
+
+def two_passes(first, second):
+    rows = [{"contender": "x", "ours": True, "median_us": median, "samples_us": [median] * 5, "spread": 0.0,
+             "noisy": False, "of_roof": 0.5, "gb_per_s": 8.0, "tflop_per_s": 1.0} for median in (first, second)]
+    (row,) = harness.merge(rows[:1], rows[1:])
+    return row
+
+
+def test_the_spread_covers_both_passes():
+    row = two_passes(100.0, 140.0)
+    assert row["median_us"] == 120.0 and row["spread"] == pytest.approx(1 / 3) and row["noisy"]
+    assert row["gb_per_s"] == pytest.approx(8.0 * 100 / 120) and len(row["samples_us"]) == 10
+    assert not two_passes(100.0, 101.0)["noisy"]
+    wrong = harness.merge([two_passes(100.0, 101.0)], [{"contender": "x", "ours": True, "wrong": True, "error": 2.0}])
+    assert wrong[0]["wrong"] and "median_us" not in wrong[0]
+
+
+def test_what_does_not_fit_is_left_out_unless_it_was_asked_for():
+    cases = harness.suite(["softmax_xent"], shape={"N": 90_000_000}, dtypes=["fp32"])
+    small = harness.suite(["softmax_xent"], shape={"N": 2, "V": 7}, dtypes=["fp32"])
+    fit, told = harness.fitting(cases + small, "cpu", False)
+    assert fit == small and len(told) == 1 and "GiB are free" in told[0]
+    with pytest.raises(ValueError, match="choose smaller sizes"):
+        harness.fitting(cases + small, "cpu", True)
 
 
 def test_the_weights_that_are_counted():
@@ -183,7 +243,7 @@ def test_what_refuses_is_told():
         (["train", "--shape", "H=5"], "C=768 is no multiple of H=5"),
         (["--seconds", "0"], "--seconds is 0"),
         (["softmax_xent", "--shape", "N=90000000"], "GiB are free; choose smaller sizes with --shape"),
-        (["--compare", "1234567"], "neither a file nor a commit with results"),
+        (["--compare", "1234567"], "neither a results file nor a commit"),
     ],
 )
 def test_bad_input(arguments, told):

@@ -16,7 +16,7 @@ def bench(
     fresh_roofs: Annotated[bool, typer.Option("--fresh-roofs", help="Measure this machine's roofs again.")] = False,
     warm: Annotated[bool, typer.Option("--warm", help="The same operands each time, not beyond the cache.")] = False,
     out: Annotated[Path | None, typer.Option(help="Write the results there, as JSON.")] = None,
-    compare: Annotated[str | None, typer.Option(help="A results file or a commit with one: exit 1 if slower.")] = None,
+    compare: Annotated[str | None, typer.Option(help="A results file, or a commit, built anew: 1 if slower.")] = None,
     bound: Annotated[float, typer.Option(help="Slower than that share is a regression, noise allowed for.")] = 0.10,
 ):
     """Measure the ops beside their peers, all in turn in one run. Exit code 1 where a kernel of ours is wrong."""
@@ -24,20 +24,31 @@ def bench(
     from rich.progress import Progress
 
     from fastlm.benchmarks import harness
-    from fastlm.benchmarks.compare import changes
+    from fastlm.benchmarks.compare import changes, measure_revision
     from fastlm.cli.device import device_of
     from fastlm.measure.roofs import roofs
 
     device = device_of(device)
     if not 0 < seconds < 3600:
         raise ValueError(f"--seconds is {seconds}, wanted a number above 0")
-    former = None if compare is None else harness.read(_results_of(compare))
     cases = harness.suite(ops, device=device, shape=sizes_of(shape), dtypes=dtype)
-    for case in cases:
-        harness.plan(case, device)
-    console, rows = Console(), []
+    cases, too_large = harness.fitting(cases, device, shape is not None)
+    console, rows, former = Console(), [], None
+    if compare is not None:
+        path = _results_of(compare)
+        if path is None:
+            options = {"--shape": [shape] if shape else [], "--dtype": dtype or [], "--device": [device],
+                       "--seconds": [seconds]}
+            arguments = [*(ops or []), *(str(text) for name, values in options.items() for value in values
+                                         for text in (name, value)), *(["--warm"] if warm else [])]
+            with console.status(f"building and measuring {compare}"):
+                former = measure_revision(compare, arguments, cuda=device == "cuda")
+        else:
+            former = harness.read(path)
+    for told in too_large:
+        console.print(f"[yellow]left out: {told}[/]", highlight=False)
     with Progress(console=console, transient=True) as progress:
-        task = progress.add_task("this machine's roofs", total=len(cases))
+        task = progress.add_task("this machine's roofs", total=sum(case.passes for case in cases))
         roof = roofs(device, fresh=fresh_roofs)
         about = harness.head(device)
         console.print(f"{about['device']}, {_roofs_line(roof)}", highlight=False)
@@ -46,15 +57,22 @@ def bench(
 
         def measure(case):
             progress.update(task, description=case.name)
-            return case.run(device, roof, seconds=seconds, cold=not warm)
-
-        for case in cases:
-            new = measure(case)
-            rows += new
-            _show_case(progress.console, case, new)
+            new = case.run(device, roof, seconds=seconds / case.passes, cold=not warm)
             progress.advance(task)
-            if out is not None:  # after every case: an interruption loses nothing
-                harness.write(out, about, vars(roof), rows)
+            return new
+
+        by_case = [None] * len(cases)
+        for turn in range(max((case.passes for case in cases), default=0)):
+            for number, case in enumerate(cases):
+                if turn >= case.passes:
+                    continue
+                new = measure(case)
+                by_case[number] = new if turn == 0 else harness.merge(by_case[number], new)
+                if turn + 1 == case.passes:
+                    _show_case(progress.console, case, by_case[number])
+                rows = [row for some in by_case for row in some or ()]
+                if out is not None:  # after every case: an interruption loses nothing
+                    harness.write(out, about, vars(roof), rows)
         found = []
         if former is not None:
             found = changes(former["rows"], rows)
@@ -86,7 +104,7 @@ def sizes_of(text):
 
 
 def _results_of(wanted):
-    """The results file that --compare names, itself or by its commit."""
+    """The results file that --compare names, itself or by its commit; None where there is none."""
     from fastlm.benchmarks import harness
 
     if Path(wanted).is_file():
@@ -97,12 +115,9 @@ def _results_of(wanted):
             commit = harness.read(path)["head"].get("commit")
         except ValueError:  # of another program
             continue
-        if commit and re.fullmatch("[0-9a-f]{7,40}", wanted) and commit.startswith(wanted[:7]):
+        if commit and re.fullmatch("[0-9a-f]{7,40}", wanted) and commit == wanted[:7]:
             return path
-    raise ValueError(
-        f"--compare: {wanted!r} is neither a file nor a commit with results in {folder}; check that commit out and run "
-        "fastlm bench --out FILE there"
-    )
+    return None
 
 
 def _roofs_line(roof):
@@ -161,7 +176,8 @@ def _show_part(console, part, rows):
 
 
 LEGEND = """
-µs: median of a call.  ±: distance of the quartiles over it, ~ where the machine was too busy to tell.
+µs: median of a call.  ±: distance of the quartiles, or of the medians of an op's two passes, over it; ~ where the
+machine was too busy to tell.
 roof: share of what the bytes or the FLOPs allow here.  error: over what is allowed.  ÷ ours: time over the chosen's.
 MiB: what a step takes beyond weights and moments."""
 
