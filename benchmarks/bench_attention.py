@@ -1,4 +1,4 @@
-"""Causal attention at GPT-2's head size beside PyTorch's fused kernels, each pinned.
+"""Causal attention at GPT-2's head size, and at twice that, beside PyTorch's fused kernels, each pinned.
 
 FLOPs: 2 · B · H · T² · D forward (half of the square is masked), 5 · B · H · T² · D backward. Least traffic: q, k, v
 and o once forward; the same, do and three gradients backward.
@@ -17,7 +17,8 @@ from .harness import Case
 
 SHAPES = {
     "cpu": [{"B": 1, "T": 1024, "H": 12, "D": 64}, {"B": 12, "T": 64, "H": 4, "D": 32}],
-    "cuda": [{"B": 16384 // T, "T": T, "H": H, "D": 64} for H in (12, 16, 20, 25) for T in (1024, 2048, 4096, 8192)],
+    "cuda": [{"B": 16384 // T, "T": T, "H": H, "D": D} for H, D in ((12, 64), (16, 64), (20, 64), (25, 64), (16, 128))
+             for T in (1024, 2048, 4096, 8192)],
 }
 PINNED = {
     "SDPA, math": SDPBackend.MATH, "cuDNN": SDPBackend.CUDNN_ATTENTION, "FlashAttention-2": SDPBackend.FLASH_ATTENTION,

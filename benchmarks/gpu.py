@@ -4,7 +4,7 @@
     probe           fastlm check: every kernel against fp64 on the device
     tests           the whole test suite on the device
     sanitize        compute-sanitizer (memcheck, racecheck, initcheck) over the CUDA kernels
-    bench-ops       every op beside its peers
+    bench-ops       every op beside its peers, and the matrix products alone
     bench-train     a training step beside transformers
     bench-generate  prefill and decode beside transformers
 
@@ -94,7 +94,7 @@ def commands(phase, folder, *, dry):
     target = ["--out", str(folder / f"{phase}-rows.json"), *device]
     if dry:
         return [([*fastlm, "bench", *TINY[phase], "--dtype", "fp32", "--seconds", "0.01", *target], None)]
-    program = [] if phase == "bench-ops" else [phase.removeprefix("bench-")]
+    program = [*harness.OPS, "products"] if phase == "bench-ops" else [phase.removeprefix("bench-")]
     return [([*fastlm, "bench", *program, "--dtype", "bf16", "--seconds", "0.3", "--fresh-roofs", *target], None)]
 
 

@@ -32,7 +32,7 @@ from fastlm.measure.roofs import device_name
 from fastlm.numerics import DTYPES, compare
 
 OPS = ("softmax_xent", "attention", "decode_attention", "cache_append")
-PROGRAMS = ("generate", "train")
+PROGRAMS = ("generate", "train", "products")
 
 
 @dataclass(frozen=True)

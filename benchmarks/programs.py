@@ -20,7 +20,7 @@ class Program:
     passes = 1
 
     def __post_init__(self):
-        if self.shape["C"] % self.shape["H"]:
+        if self.shape["C"] % self.shape.get("H", 1):
             raise ValueError(f"{self.op}: C={self.shape['C']} is no multiple of H={self.shape['H']}")
 
     @property

@@ -1,9 +1,12 @@
-"""Compiles the Triton kernels for GPUs that are not here, and reads from the result what each will use.
+"""Compiles the kernels for GPUs that are not here, and reads from the result what each will use.
 
     python tests/resources.py [80 90 100 120] [bf16 fp16 fp32]          a table; with --json a list of rows
+    python tests/resources.py --golden                                  writes the golden files of these compilers
 
-Every kernel is compiled with every configuration its launcher can choose. Registers, spills and shared memory come from
-the cubin, by the cuobjdump and nvdisasm in Triton's own package. Runs in a process of its own, uninterpreted.
+Every Triton kernel is compiled with every configuration its launcher can choose. Registers, spills and shared memory
+come from the cubin, by the cuobjdump and nvdisasm in Triton's own package; those of the CUDA kernels from nvcc. Runs in
+a process of its own, uninterpreted. The golden files (benchmarks/results/resources-<compiler>.json, a line a kernel)
+hold what was read once: a change shows as a difference.
 """
 
 import itertools
@@ -11,11 +14,14 @@ import json
 import multiprocessing
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
 ARCHITECTURES = (80, 90, 100, 120)
 SHARED_LIMIT = {80: 163, 90: 227, 100: 227, 120: 99}  # KiB a block may use
 REGISTERS, THREADS = 65536, {80: 2048, 90: 2048, 100: 2048, 120: 1536}  # a multiprocessor has
@@ -217,10 +223,85 @@ def report_elsewhere(architectures, dtypes=tuple(DTYPES)):
     return json.loads(done.stdout)
 
 
+def nvcc_rows(sm):
+    """A row for every CUDA kernel on an architecture (80, 90, …), as nvcc compiles it for the package."""
+    name = f"{sm}a" if sm == 90 else str(sm)
+    for path in sorted((ROOT / "csrc" / "cuda").glob("*.cu")):
+        with tempfile.TemporaryDirectory() as folder:
+            done = subprocess.run(
+                ["nvcc", "-std=c++20", "-O3", "-gencode", f"arch=compute_{name},code=sm_{name}", "-Xptxas", "-v",
+                 f"-I{ROOT / 'csrc'}", "-c", str(path), "-o", f"{folder}/kernel.o"],
+                capture_output=True, text=True, timeout=300,
+            )
+        assert done.returncode == 0, done.stderr
+        told = subprocess.run(["c++filt"], input=done.stderr, capture_output=True, text=True).stdout
+        for part in told.split("Compiling entry function '")[1:]:
+            kernel = part.split("'")[0].replace("fastlm::", "").replace("(anonymous namespace)::", "")
+            kernel = re.sub(r"^void cuda::_?|\([^()]*\)$", "", kernel)
+
+            def number(pattern, part=part):
+                return sum(int(found) for found in re.findall(pattern, part))
+
+            yield {
+                "kernel": f"{path.stem}.cu {kernel}", "sm": sm, "registers": number(r"Used (\d+) registers"),
+                "spills": number(r"(\d+) bytes spill"), "shared": number(r"(\d+) bytes smem"),
+                "stack": number(r"(\d+) bytes stack frame"),
+            }
+
+
+def nvcc_version():
+    """"nvcc-13.0", or None where there is none."""
+    if shutil.which("nvcc") is None:
+        return None
+    told = subprocess.run(["nvcc", "--version"], capture_output=True, text=True).stdout
+    return f"nvcc-{re.search(r'release ([0-9.]+)', told).group(1)}"
+
+
+def triton_version():
+    """"triton-3.7.1"."""
+    import triton
+
+    return f"triton-{triton.__version__}"
+
+
+def golden(compiler):
+    """The golden rows of a compiler, or None where nothing was kept for that version."""
+    path = RESULTS / f"resources-{compiler}.json"
+    return json.loads(path.read_text())["rows"] if path.is_file() else None
+
+
+def differences(rows, kept):
+    """What rows have that differs from the golden ones of the same kernel, dtype and sm: a sentence for each."""
+    def key(row):
+        return row["kernel"], row.get("dtype"), row["sm"]
+
+    kept = {key(row): row for row in kept}
+    for row in rows:
+        old = kept.get(key(row))
+        if old is None:
+            yield f"{' '.join(map(str, key(row)))}: not in the golden file"
+            continue
+        changed = {name: (old.get(name), value) for name, value in row.items() if old.get(name) != value}
+        if changed:
+            told = ", ".join(f"{name} {before} -> {now}" for name, (before, now) in changed.items())
+            yield f"{' '.join(map(str, key(row)))}: {told}"
+
+
+def write_golden(compiler, rows):
+    """Keeps rows as the golden ones of a compiler, a line a row."""
+    lines = ",\n".join(json.dumps(row) for row in rows)
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"resources-{compiler}.json").write_text(f'{{"compiler": "{compiler}", "rows": [\n{lines}\n]}}\n')
+
+
 if __name__ == "__main__":
     asked = [int(argument) for argument in sys.argv[1:] if argument.isdigit()] or ARCHITECTURES
+    if "--golden" in sys.argv and nvcc_version():
+        write_golden(nvcc_version(), [row for sm in ARCHITECTURES for row in nvcc_rows(sm)])
     rows = list(report(asked, [argument for argument in sys.argv[1:] if argument in DTYPES] or tuple(DTYPES)))
-    if "--json" in sys.argv:
+    if "--golden" in sys.argv:
+        write_golden(triton_version(), rows)
+    elif "--json" in sys.argv:
         print(json.dumps(rows))
     else:
         width = max(len(row["kernel"]) for row in rows)

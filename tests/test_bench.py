@@ -54,6 +54,16 @@ def test_every_op_is_measured_beside_its_peers(op, tmp_path):
         assert row["contender"].removeprefix("fastlm ") in done.output
 
 
+def test_the_products_alone(tmp_path):
+    done = run("products", "--shape", "N=8,C=16,V=33", "--dtype", "fp32", "--out", str(tmp_path / "r.json"))
+    assert done.exit_code == 0, done.output + str(done.exception)
+    rows = {row["part"]: row for row in harness.read(tmp_path / "r.json")["rows"]}
+    assert list(rows) == ["qkv", "attention output", "MLP up", "MLP down", "head"]
+    for part, inner, outer in (("qkv", 16, 48), ("MLP down", 64, 16), ("head", 16, 33)):
+        flops = rows[part]["tflop_per_s"] * 1e12 * rows[part]["median_us"] * 1e-6
+        assert flops == pytest.approx(2 * 8 * inner * outer) and not rows[part]["ours"]
+
+
 def test_the_suite_covers_every_op():
     assert set(harness.OPS) == {row.family for row in dispatch.TABLE.values()}
 

@@ -2,15 +2,13 @@
 
 import re
 import shutil
-import subprocess
 
 import pytest
+import resources
 from emulation.build import ROOT, sweep
 
 CUDA = ROOT / "csrc" / "cuda"
 ORDERS = {"forward": 0, "reverse": 1, "random": 2}
-ARCHITECTURES = {"80": "sm_80", "90a": "sm_90a", "100": "sm_100", "120": "sm_120"}
-
 OPS = sorted(path.stem for path in CUDA.glob("*.cu"))
 
 # A multiprocessor has 65536: two blocks of 512 threads, two of 128, two of 128, twelve of 128.
@@ -86,30 +84,17 @@ def test_there_is_something_to_mutate():
         assert sum("sync" not in name and "wait" not in name for name in mine) >= 2
 
 
-@pytest.mark.parametrize("architecture", [
-    pytest.param(name, marks=[] if name == "90a" else pytest.mark.slow) for name in ARCHITECTURES
+@pytest.mark.parametrize("sm", [
+    pytest.param(sm, marks=[] if sm == 90 else pytest.mark.slow) for sm in resources.ARCHITECTURES
 ])
-def test_nvcc_resources(architecture, tmp_path, capsys):
-    nvcc = shutil.which("nvcc")
-    if nvcc is None:
+def test_nvcc_resources(sm):
+    if (compiler := resources.nvcc_version()) is None:
         pytest.skip("nvcc is not here to compile the CUDA kernels")
-    for path in sorted(CUDA.glob("*.cu")):
-        gencode = f"arch=compute_{architecture},code={ARCHITECTURES[architecture]}"
-        done = subprocess.run(
-            [nvcc, "-std=c++20", "-O3", "-gencode", gencode, "-Xptxas", "-v", f"-I{ROOT / 'csrc'}", "-c", str(path),
-             "-o", str(tmp_path / "kernel.o")], capture_output=True, text=True, timeout=300,
-        )
-        assert done.returncode == 0, done.stderr
-        kernels = re.findall(r"for '(\S+)' for", done.stderr.replace("\n", " ")) or re.findall(
-            r"Compiling entry function '(\S+)'", done.stderr
-        )
-        spills = [int(number) for number in re.findall(r"(\d+) bytes spill", done.stderr)]
-        registers = [int(number) for number in re.findall(r"Used (\d+) registers", done.stderr)]
-        shared = [int(number) for number in re.findall(r"(\d+) bytes smem", done.stderr)]
-        stacks = [int(number) for number in re.findall(r"(\d+) bytes stack frame", done.stderr)]
-        assert len(registers) == len(kernels) > 0 and not any(spills + stacks), done.stderr
-        assert max(registers) <= REGISTERS[path.stem], registers
-        assert max(shared, default=0) <= 48 * 1024, shared
-        with capsys.disabled():
-            print(f"\n{path.name} {ARCHITECTURES[architecture]}: {len(kernels)} kernels, registers {registers}, "
-                  f"shared {shared} bytes, no spills", end=" ")
+    rows = list(resources.nvcc_rows(sm))
+    assert {row["kernel"].split(".cu")[0] for row in rows} == set(OPS)
+    for row in rows:
+        assert 0 < row["registers"] <= REGISTERS[row["kernel"].split(".cu")[0]] and not row["spills"], row
+        assert row["shared"] <= 48 * 1024 and not row["stack"], row
+    if (kept := resources.golden(compiler)) is not None:
+        told = list(resources.differences(rows, kept))
+        assert not told, "\n".join([*told, "as intended? then run: python tests/resources.py --golden"])

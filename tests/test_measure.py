@@ -1,5 +1,6 @@
 """The clock and the roofs."""
 
+import contextlib
 import json
 import time
 
@@ -7,7 +8,7 @@ import pytest
 import torch
 
 from fastlm.measure import roofs as module
-from fastlm.measure.clock import Times, cache_bytes, race, sets_beyond_cache
+from fastlm.measure.clock import Times, cache_bytes, race, replays, sets_beyond_cache
 from fastlm.measure.roofs import Roofs, roofs
 
 
@@ -36,6 +37,27 @@ def test_the_spread_is_between_the_quartiles():
     times = Times((1.0, 2.0, 3.0, 4.0, 100.0))
     assert times.median == 3.0 and times.spread == pytest.approx(2 / 3) and times.noisy
     assert not Times((1.0, 1.01, 1.02)).noisy and Times((1.0,)).noisy
+
+
+def test_what_cannot_be_captured_is_called_as_it_is(monkeypatch):
+    class Graph:
+        def replay(self):
+            return "replayed"
+
+    @contextlib.contextmanager
+    def graph(_):
+        yield
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+
+    def fails():
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    good = [lambda: "called"] * 2
+    assert [call() for call in replays(good)] == ["replayed"] * 2
+    assert replays([*good, fails]) == [*good, fails]
 
 
 def test_sets_exceed_the_cache_twice():

@@ -27,6 +27,19 @@ def test_budgets(architecture, dtypes):
             assert row["wgmma"] > 0 and (row["tma"] > 0) == ("tma" in row["kernel"]), row
 
 
+    kept = resources.golden(resources.triton_version())
+    if kept is not None:  # for this very Triton: another one compiles differently
+        told = list(resources.differences(rows, kept))
+        assert not told, "\n".join([*told, "as intended? then run: python tests/resources.py --golden"])
+
+
+def test_a_difference_to_the_golden_rows_is_told():
+    row = {"kernel": "k D=64", "dtype": "bf16", "sm": 90, "registers": 40, "spills": 0}
+    assert list(resources.differences([row], [row])) == []
+    assert list(resources.differences([{**row, "registers": 41}], [row])) == ["k D=64 bf16 90: registers 40 -> 41"]
+    assert "not in the golden file" in next(resources.differences([{**row, "sm": 80}], [row]))
+
+
 def test_a_narrow_row_is_found():
     """The check sees what it looks for: a row's offset multiplied in 32 bits."""
     narrow = """

@@ -8,7 +8,7 @@ import typer
 
 
 def bench(
-    ops: Annotated[list[str] | None, typer.Argument(help="Ops, or generate, or train; all ops else.")] = None,
+    ops: Annotated[list[str] | None, typer.Argument(help="Ops, or generate, train, products; all ops else.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     shape: Annotated[str | None, typer.Option(help="Sizes in place of the usual, e.g. N=512,V=50257.")] = None,
     dtype: Annotated[list[str] | None, typer.Option(help="fp32, bf16 or fp16; may be repeated.")] = None,
@@ -51,7 +51,7 @@ def bench(
         task = progress.add_task("this machine's roofs", total=sum(case.passes for case in cases))
         roof = roofs(device, fresh=fresh_roofs)
         about = harness.head(device)
-        console.print(f"{about['device']}, {_roofs_line(roof)}", highlight=False)
+        console.print(f"{about['device']}, roofs: {roof}", highlight=False)
         if about["load"] > 0.5 * about["threads"] and device == "cpu":
             console.print(f"[yellow]the machine is busy (load {about['load']}): expect noise[/]")
 
@@ -118,11 +118,6 @@ def _results_of(wanted):
         if commit and re.fullmatch("[0-9a-f]{7,40}", wanted) and commit == wanted[:7]:
             return path
     return None
-
-
-def _roofs_line(roof):
-    products = ", ".join(f"{name} {value * 1e-12:.3g}" for name, value in roof.products.items())
-    return f"roofs: read {roof.read * 1e-9:.3g} GB/s, copy {roof.copy * 1e-9:.3g} GB/s, products {products} TFLOP/s"
 
 
 COLUMNS = {  # title → (least width, the cell of a row and our time, or None where the row has no such figure)

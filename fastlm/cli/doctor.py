@@ -16,15 +16,19 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print the findi
 
 
 def examine():
-    """The findings as a dict: machine, build, devices with op → backend → "runs" or a sentence, and the choice."""
+    """The findings as a dict: machine, build, devices with op → backend → "runs" or a sentence, and the choice; roofs.
+
+    The roofs are measured where they are not known yet, which takes seconds.
+    """
     import platform
+    from dataclasses import asdict
     from importlib.metadata import PackageNotFoundError, version
 
     import torch
 
     import fastlm
     from fastlm.backends import BACKENDS, machine_why_not
-    from fastlm.measure.roofs import device_name
+    from fastlm.measure.roofs import device_name, roofs
 
     packages = {}
     for name in ("torch", "triton", "numpy", "safetensors", "tokenizers", "transformers"):
@@ -36,6 +40,7 @@ def examine():
         f"{torch.cuda.get_device_name(index)} (sm_{''.join(map(str, torch.cuda.get_device_capability(index)))})"
         for index in range(torch.cuda.device_count())
     ]
+    devices = ["cpu", "cuda"] if gpus else ["cpu"]
     return {
         "fastlm": fastlm.__version__,
         "machine": {
@@ -47,7 +52,8 @@ def examine():
         "packages": packages,
         "built": _built(),
         "backends": {name: machine_why_not(name) or "runs" for name in BACKENDS},
-        "devices": {device: _ops(device) for device in (["cpu", "cuda"] if gpus else ["cpu"])},
+        "devices": {device: _ops(device) for device in devices},
+        "roofs": {device: asdict(roofs(device)) for device in devices},
     }
 
 
@@ -123,6 +129,8 @@ def _show(found):
     from rich.console import Console
     from rich.table import Table
 
+    from fastlm.measure.roofs import Roofs
+
     console = Console()
     machine, packages = found["machine"], found["packages"]
     facts = Table.grid(padding=(0, 2))
@@ -132,6 +140,8 @@ def _show(found):
     facts.add_row("packages", ", ".join(f"{name} {version}" for name, version in packages.items()))
     facts.add_row("CPU kernels", found["built"]["cpu"])
     facts.add_row("CUDA kernels", found["built"]["cuda"])
+    for device, roof in found["roofs"].items():
+        facts.add_row(f"roofs, {device}", str(Roofs(**roof)))
     console.print(facts)
 
     notes: list[str] = []

@@ -32,6 +32,11 @@ class Roofs:
         """The seconds that a piece of work needs at least: its bytes or its FLOPs, whichever takes longer."""
         return max(bytes / getattr(self, traffic), flops / self.products[dtype])
 
+    def __str__(self):
+        products = ", ".join(f"{name} {value * 1e-12:.3g}" for name, value in self.products.items())
+        return (f"read {self.read * 1e-9:.3g} GB/s, copy {self.copy * 1e-9:.3g} GB/s, products {products} TFLOP/s, "
+                f"launch {self.launch * 1e6:.2g} µs")
+
 
 def roofs(device="cpu", *, fresh=False):
     """The Roofs of a device: from the cache, or measured now (a few seconds) and kept there.
