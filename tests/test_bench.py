@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import statistics
 import time
 
 import pytest
@@ -172,18 +173,22 @@ def test_peers_that_are_absent_are_told(monkeypatch):
 
 
 def two_passes(first, second):
-    rows = [{"contender": "x", "ours": True, "median_us": median, "samples_us": [median] * 5, "spread": 0.0,
-             "noisy": False, "of_roof": 0.5, "gb_per_s": 8.0, "tflop_per_s": 1.0} for median in (first, second)]
-    (row,) = harness.merge(rows[:1], rows[1:])
+    """The row of two passes with these samples."""
+    (row,) = harness.merge(*([
+        {"contender": "x", "ours": True, "median_us": statistics.median(samples), "samples_us": samples, "spread": 0.0,
+         "noisy": False, "of_roof": 0.5, "gb_per_s": 8.0, "tflop_per_s": 1.0}] for samples in (first, second)))
     return row
 
 
 def test_the_spread_covers_both_passes():
-    row = two_passes(100.0, 140.0)
-    assert row["median_us"] == 120.0 and row["spread"] == pytest.approx(1 / 3) and row["noisy"]
-    assert row["gb_per_s"] == pytest.approx(8.0 * 100 / 120) and len(row["samples_us"]) == 10
-    assert not two_passes(100.0, 101.0)["noisy"]
-    wrong = harness.merge([two_passes(100.0, 101.0)], [{"contender": "x", "ours": True, "wrong": True, "error": 2.0}])
+    row = two_passes([100.0] * 5, [100.0, 100.0, 140.0, 140.0, 140.0])  # the quartiles are 30 apart, the medians 40
+    assert row["median_us"] == 100.0 and row["spread"] == pytest.approx(0.4) and row["noisy"]
+    row = two_passes([80.0, 90.0, 100.0, 110.0, 120.0], [104.0] * 5)
+    assert row["median_us"] == 104.0 and row["spread"] == pytest.approx(4 / 104) and len(row["samples_us"]) == 10
+    assert row["gb_per_s"] == pytest.approx(8.0 * 100 / 104)
+    calm = two_passes([100.0] * 5, [101.0] * 5)
+    assert not calm["noisy"]
+    wrong = harness.merge([calm], [{"contender": "x", "ours": True, "wrong": True, "error": 2.0}])
     assert wrong[0]["wrong"] and "median_us" not in wrong[0]
 
 

@@ -105,9 +105,10 @@ def run_checks(package):
 
 
 def copy_package(to):
-    ignore = shutil.ignore_patterns("__pycache__", "*.so")
+    ignore = shutil.ignore_patterns("__pycache__", "*.so", "results")
     shutil.copytree(ROOT / "fastlm", to / "fastlm", ignore=ignore)
-    shutil.copytree(ROOT / "kernels", to / "fastlm" / "kernels", ignore=ignore)
+    for name in ("kernels", "benchmarks"):
+        shutil.copytree(ROOT / name, to / "fastlm" / name, ignore=ignore)
     return to
 
 

@@ -55,6 +55,13 @@ def test_inputs(backend, kind, dtype):
     check(numerics.inputs(kind, (3, 127), dtype), labels(3, 127), backend)
 
 
+def test_one_huge_logit_wherever_it_stands(backend):
+    """The maximum is that of the whole row: without it, exp overflows."""
+    V = 130
+    x = numerics.inputs("normal", (V, V), torch.float32)
+    check(x + 1e4 * torch.eye(V), torch.arange(V) * 7 % V, backend)
+
+
 @pytest.mark.parametrize("dtype", numerics.DTYPES, ids=str)
 def test_masked_logits(backend, dtype):
     x = numerics.inputs("normal", (4, 37), dtype)

@@ -1,0 +1,172 @@
+"""Bugs planted in the CPU kernels and in every layer above the model, one at a time: each must fail a test, which is told.
+
+A CPU bug is planted in a copy of csrc/cpu, compiled for the generic instruction set alone, and the tests of its op run
+there. A bug of a layer is planted in a copy of the package, and the test file of that layer runs there.
+"""
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+
+import pytest
+from test_planted import ROOT, copy_package
+from test_planted_kernels import altered, tell
+
+pytestmark = pytest.mark.slow
+
+# name: (file, text, what it becomes)
+CPU = {
+    "mask off by one": ("attention", "std::clamp(t + 1 + (causal", "std::clamp(t + 2 + (causal"),
+    "top-left for bottom-right": ("attention", "causal == kBottomRight ? S - T : 0", "0"),
+    "output not rescaled": ("attention", "load(tile.o + r * Dp + d) * shrink", "load(tile.o + r * Dp + d)"),
+    "delta forgotten": ("attention", "weight * (load(ds + j) - delta)", "weight * load(ds + j)"),
+    "scale forgotten backward": ("attention", "(load(ds + j) - delta) * op.scale", "(load(ds + j) - delta)"),
+    "dropout forgotten backward": ("attention", "if (op.drop) drop_tile(head.ds, mask, rows, t0, j0);", ""),
+    "first queries skipped": ("attention", "std::max(t, int64_t(0)) / kTile * kTile",
+                              "(std::max(t, int64_t(0)) + kTile - 1) / kTile * kTile"),
+    "newest token unseen": ("decode_attention", "length - op.T + t + 1 - s0", "length - op.T + t - s0"),
+    "page of another sequence": ("decode_attention", "op.block_table[b * op.stride_tb + s0 / op.page]",
+                                 "op.block_table[s0 / op.page]"),
+    "run not rescaled": ("decode_attention", "load(o + d) * shrink", "load(o + d)"),
+    "end of the row lost": ("softmax_xent", "for (; v < V; v += kLanes) {\n    const Floats values = v + kLanes <= V ? "
+                            "load(x + v) : load_tail(x + v, V - v, -kInfinity);\n    s[0]",
+                            "for (; v + kLanes <= V; v += kLanes) {\n    const Floats values = load(x + v);\n    s[0]"),
+    "gradient without -1": ("softmax_xent", "[0] - 1.0f) * dloss", "[0]) * dloss"),
+    "maximum of half the row": ("softmax_xent", "maximum(maximum(maximum(m[0], m[1]), maximum(m[2], m[3])))",
+                                "maximum(maximum(m[0], m[1]))"),
+    "values in place of keys": ("cache_append", "std::memcpy(to_k, k, row);", "std::memcpy(to_k, v, row);"),
+    "pad appended": ("cache_append", "if (position < 0) return;", "if (position < -1) return;"),
+}
+
+# name: (file, text, what it becomes, the tests that run)
+LAYERS = {
+    "GB/s of megabytes": ("benchmarks/harness.py", "case.bytes / taken.median * 1e-9", "case.bytes / taken.median * 1e-6",
+                          "test_bench.py"),
+    "wrong kernels are timed": ("benchmarks/harness.py", 'if not row["error"] <= 1 and row["ours"]:', "if False:",
+                                "test_bench.py"),
+    "drift forgotten": ("benchmarks/compare.py", "self.new_us / self.old_us / self.drift", "self.new_us / self.old_us",
+                        "test_bench.py"),
+    "what lies between two passes hidden": ("benchmarks/harness.py", "max(both.spread, abs(", "min(both.spread, abs(",
+                                            "test_bench.py"),
+    "operands stay warm": ("fastlm/measure/clock.py", "itertools.cycle(calls)\n        once", "itertools.cycle(calls[:1])"
+                           "\n        once", "test_measure.py"),
+    "the first is always first": ("fastlm/measure/clock.py", "first = turn % len(names)", "first = 0",
+                                  "test_measure.py"),
+    "a busy machine lowers the roof": ("fastlm/measure/roofs.py", "max(found.copy, known.copy), read=max(found.read, "
+                                       "known.read)", "found.copy, read=found.read", "test_measure.py"),
+    "order of another dtype": ("fastlm/measure/tuned.py", ".get((family, dtype))", '.get((family, DTYPES["fp32"]))',
+                               "test_tune.py"),
+    "a refused force is passed over": ("fastlm/dispatch.py", "if backend in row.kernels:  #",
+                                       "if backend in row.kernels and why_not(row.name, backend, *args) is None:  #",
+                                       "test_dispatch.py"),
+    "use is not undone": ("fastlm/dispatch.py", "_forced.update(self._former)", "", "test_dispatch.py"),
+    "an ended row goes on": ("fastlm/generation/step.py", "alive & (drawn != self._stop)", "alive",
+                             "test_generation.py"),
+    "every step draws alike": ("fastlm/generation/step.py", "self._at.add_(1)", "", "test_generation.py"),
+    "top_p one short": ("fastlm/generation/sampling.py", "ordered.cumsum(-1) - ordered >= top_p",
+                        "ordered.cumsum(-1) >= top_p", "test_generation.py"),
+    "accumulation sums": ("fastlm/training/trainer.py", "loss * (count / config.batch_size)", "loss * 1.0",
+                          "test_training.py"),
+    "the last step's rate": ("fastlm/training/optimizer.py", "math.cos(math.pi * part)", "math.cos(2 * math.pi * part)",
+                             "test_training.py"),
+    "a NaN reaches the weights": ("fastlm/training/trainer.py", "        if finite:\n", "        if True:\n",
+                                  "test_training.py"),
+    "a damaged checkpoint is loaded": ("fastlm/training/checkpoint.py", 'if manifest[name]["sha256"] != _sha256(path / '
+                                       'name):', "if False:", "test_training.py"),
+    "targets are the tokens": ("fastlm/data/loader.py", "windows[:, 1:].contiguous()", "windows[:, :-1].contiguous()",
+                               "test_data_loader.py"),
+    "the certificate allows all": ("fastlm/certificate.py", "return self.ratio <= 1", "return True",
+                                   "test_certificate.py"),
+}
+
+RUN = """
+import os, sys
+sys.meta_path[:] = [finder for finder in sys.meta_path if "editable" not in type(finder).__module__.lower()
+                    and "ScikitBuild" not in type(finder).__name__]
+sys.path[:0] = [{package!r}, {tests!r}]
+import fastlm, pytest
+assert fastlm.__file__.startswith({package!r}), fastlm.__file__
+sys.exit(pytest.main(["-x", "-q", "--rootdir", {root!r}, "-c", {root!r} + "/pyproject.toml", "-p", "no:cacheprovider",
+                      {test!r}]))
+"""
+
+
+def failed(done):
+    """The name of the test that failed."""
+    names = re.findall(r"^FAILED \S*::(\S+)", done.stdout, re.MULTILINE)
+    assert done.returncode == 1 and names, f"nobody noticed\n{done.stdout[-2000:]}{done.stderr[-1000:]}"
+    return names[0]
+
+
+@pytest.fixture(scope="module")
+def objects(tmp_path_factory):
+    """A folder with bindings.o and isa.o of a build for the generic instruction set alone."""
+    if shutil.which("g++") is None:
+        pytest.skip("g++ is not here to compile the CPU kernels")
+    folder = tmp_path_factory.mktemp("objects")
+    for path in (ROOT / "csrc" / "bindings.cpp", ROOT / "csrc" / "cpu" / "isa.cpp",
+                 *(ROOT / "csrc" / "cpu").glob("[!i]*.cpp")):
+        compile_(path, folder / f"{path.stem}.o")
+    return folder
+
+
+def compile_(source, to):
+    import pybind11
+
+    includes = [f"-I{path}" for path in (ROOT / "csrc", ROOT / "csrc" / "cpu", pybind11.get_include(),
+                                         sysconfig.get_path("include"))]
+    subprocess.run(["g++", "-std=c++20", "-O1", "-fPIC", "-fopenmp", "-fno-math-errno", "-DFASTLM_ISA=generic", *includes,
+                    "-c", str(source), "-o", str(to)], check=True)
+
+
+def run_cpu(objects, tmp_path, op, text=None):
+    """The tests of an op on the CPU kernels, that op's source being `text`."""
+    parts = {path.stem: path for path in objects.glob("*.o")}
+    if text is not None:
+        (tmp_path / f"{op}.cpp").write_text(text)
+        compile_(tmp_path / f"{op}.cpp", tmp_path / f"{op}.o")
+        parts[op] = tmp_path / f"{op}.o"
+    library = tmp_path / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
+    subprocess.run(["g++", "-shared", "-fopenmp", *map(str, parts.values()), "-o", str(library)], check=True)
+    environment = {**os.environ, "FASTLM_SANITIZED": str(library), "PYTHONPATH": str(ROOT / "tests")}
+    return subprocess.run(
+        [sys.executable, "-m", "pytest", "-x", "-q", "-p", "sanitized", "-p", "no:cacheprovider", "-k", "cpu",
+         str(ROOT / "tests" / f"test_{op}.py")], capture_output=True, text=True, env=environment, cwd=ROOT, timeout=600,
+    )
+
+
+def test_no_cpu_bug(objects, tmp_path):
+    done = run_cpu(objects, tmp_path, "attention")
+    assert done.returncode == 0, done.stdout[-3000:]
+
+
+@pytest.mark.parametrize("name", CPU)
+def test_every_cpu_bug_is_caught(name, objects, tmp_path, capsys):
+    op = CPU[name][0]
+    tell(capsys, name, failed(run_cpu(objects, tmp_path, op, altered(ROOT / "csrc" / "cpu", ".cpp", CPU[name]))))
+
+
+def run_layer(package, test):
+    if (spec := importlib.util.find_spec("fastlm._C")) is not None:
+        shutil.copy(spec.origin, package / "fastlm")
+    script = RUN.format(package=str(package), tests=str(ROOT / "tests"), root=str(ROOT), test=str(ROOT / "tests" / test))
+    return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=900, cwd=package)
+
+
+def test_no_bug_in_a_layer(tmp_path):
+    done = run_layer(copy_package(tmp_path), "test_measure.py")
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_every_bug_in_a_layer_is_caught(name, tmp_path, capsys):
+    file, text, wrong, test = LAYERS[name]
+    path = copy_package(tmp_path) / file.replace("benchmarks/", "fastlm/benchmarks/")
+    source = path.read_text()
+    assert source.count(text) == 1, f"{text!r} is {source.count(text)} times in {file}"
+    path.write_text(source.replace(text, wrong))
+    tell(capsys, name, failed(run_layer(tmp_path, test)))
