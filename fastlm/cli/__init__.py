@@ -4,7 +4,7 @@ import sys
 
 import typer
 
-from fastlm.cli import bench, check, data, demo, doctor, explain, generate, train, tune
+from fastlm.cli import bench, check, data, demo, doctor, explain, generate, profile, train, tune
 
 app = typer.Typer(
     name="fastlm",
@@ -22,6 +22,7 @@ app.command("check")(check.check)
 app.command("bench")(bench.bench)
 app.command("explain")(explain.explain)
 app.command("tune")(tune.tune)
+app.command("profile")(profile.profile)
 
 
 def main():
