@@ -4,7 +4,7 @@ import sys
 
 import typer
 
-from fastlm.cli import bench, check, data, demo, doctor, explain, generate, profile, train, tune
+from fastlm.cli import bench, check, data, demo, doctor, explain, generate, profile, report, train, tune
 
 app = typer.Typer(
     name="fastlm",
@@ -23,6 +23,7 @@ app.command("bench")(bench.bench)
 app.command("explain")(explain.explain)
 app.command("tune")(tune.tune)
 app.command("profile")(profile.profile)
+app.command("report")(report.report)
 
 
 def main():
