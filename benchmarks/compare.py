@@ -3,7 +3,7 @@
     drift    median over the peers of a case of new / old: how much faster or slower the machine itself is now
     change   our new / our old / drift
 
-A change counts where it is beyond `bound` and beyond the spreads of both samples together.
+A change counts where it is beyond `bound` and beyond the spreads of both samples, and what the drift is unsure by.
 """
 
 import contextlib
@@ -47,14 +47,16 @@ def changes(old_rows, new_rows):
         if not row.get("ours") or "median_us" not in row or (case, row["contender"]) not in old:
             continue
         before = old[case, row["contender"]]
-        drifts = [peer["median_us"] / old[case, peer["contender"]]["median_us"] for peer in new_rows
-                  if case_of(peer) == case and not peer.get("ours") and "median_us" in peer
-                  and (case, peer["contender"]) in old]
+        pairs = [(old[case, peer["contender"]], peer) for peer in new_rows
+                 if case_of(peer) == case and not peer.get("ours") and "median_us" in peer
+                 and (case, peer["contender"]) in old]
+        drifts = [now["median_us"] / then["median_us"] for then, now in pairs]
         drift = statistics.median(drifts) if drifts else 1.0
         scatter = max(drifts) / min(drifts) - 1 if drifts else 0.0  # peers that disagree tell less
+        unsure = statistics.median(then["spread"] + now["spread"] for then, now in pairs) if pairs else 0.0
         found.append(Change(
             " ".join((*case[:3], *(f"{letter}={size}" for letter, size in case[3]), row["contender"])), case,
-            before["median_us"], row["median_us"], drift, before["spread"] + row["spread"] + scatter / 2,
+            before["median_us"], row["median_us"], drift, before["spread"] + row["spread"] + (scatter + unsure) / 2,
         ))
     if not found:
         raise ValueError("the two runs have no case of ours in common: measure the same ops, shapes and dtypes")

@@ -136,6 +136,34 @@ struct CacheAppend {
   DType dtype;
 };
 
+// How packed weights are kept (csrc/cpu/panel.h).
+enum class Weights : int { f32 = 0, bf16 = 1, int8 = 2 };
+
+// The newest tokens of each sequence through a GPT-2 whose keys and values lie in pages; on the CPU alone. Sequence b
+// has counts[b] new tokens, 0 … T, from positions[b] on; their keys and values are appended, and logits[b] are those
+// behind the last of them (untouched where there is none). C = H*D; N stands for a product's outputs.
+struct Gpt2Step {
+  float* logits;              // out (B, V rounded up to 32)
+  const int64_t* layers;      // in  (L, 22) addresses: ln_1 weight, bias, ln_2 weight, bias (C,) fp32, k_pages, v_pages
+                              //     (pages, page, H, D) dtype, then for qkv, proj, up, down: panels, bias, scale (N,)
+                              //     fp32, sums (N,) int32, each rounded up to 16; scale and sums are those of int8
+  const char* head;           // in  panels (C, V)
+  const float* head_scale;    // in  (V,), rounded up to 16, as above
+  const int32_t* head_sums;
+  const float* ln_f_w;        // in  (C,)
+  const float* ln_f_b;
+  const void* wte;            // in  (V, C), dtype
+  const void* wpe;            // in  (positions, C), dtype
+  const int64_t* tokens;      // in  (B, T)
+  const int32_t* positions;   // in  (B,)
+  const int32_t* counts;      // in  (B,)
+  const int32_t* block_table; // in  (B, max_pages)
+  int64_t B, T, L, H, D, V, inner, page, max_pages;
+  float epsilon;
+  Weights weights, head_weights;
+  DType dtype;
+};
+
 namespace cpu {
 void softmax_xent_fwd(const SoftmaxXentFwd& op, int threads);
 void softmax_xent_bwd(const SoftmaxXentBwd& op, int threads);
@@ -143,6 +171,7 @@ void attention_fwd(const AttentionFwd& op, int threads);
 void attention_bwd(const AttentionBwd& op, int threads);
 void decode_attention(const DecodeAttention& op, int threads);
 void cache_append_(const CacheAppend& op, int threads);
+void gpt2_step(const Gpt2Step& op, int threads);
 
 // The instruction set the kernels run on: "avx512", "avx2" or "generic"; FASTLM_CPU_ISA asks for a lower one.
 const char* isa();

@@ -122,6 +122,18 @@ class Launchers:
         )
 
 
+    def gpt2_step(self, logits, layers, head, ln_f, wte, wpe, tokens, positions, counts, block_table, **fields):
+        """One step of a whole GPT-2 (csrc/fastlm.h, Gpt2Step); head is (panels, scale, sums), scale and sums or None."""
+        panels, scale, sums = (0 if tensor is None else tensor.data_ptr() for tensor in head)
+        self._run(
+            "gpt2_step", wte, logits=logits.data_ptr(), layers=layers.data_ptr(), head=panels, head_scale=scale,
+            head_sums=sums, ln_f_w=ln_f[0].data_ptr(), ln_f_b=ln_f[1].data_ptr(), wte=wte.data_ptr(),
+            wpe=wpe.data_ptr(), tokens=tokens.data_ptr(), positions=positions.data_ptr(), counts=counts.data_ptr(),
+            block_table=block_table.data_ptr(), B=tokens.shape[0], T=tokens.shape[1], L=layers.shape[0],
+            V=wte.shape[0], max_pages=block_table.shape[1], **fields,
+        )
+
+
 if _C is not None:
     cpu = Launchers(_C.cpu, lambda device: {"threads": torch.get_num_threads()})
     if hasattr(_C, "cuda"):

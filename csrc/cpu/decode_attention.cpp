@@ -9,52 +9,10 @@
 
 #include "isa.h"
 #include "parallel.h"
-#include "simd.h"
+#include "running.h"
 
 namespace fastlm::cpu::FASTLM_ISA {
 namespace {
-
-constexpr int64_t kRun = 64;
-
-// The running softmax of one query over runs of keys.
-struct Running {
-  float m = -kInfinity, l = 0.0f;
-};
-
-template <class T>
-inline Floats load_up_to(const T* p, int64_t d, int64_t D) {
-  return d + kLanes <= D ? load(p + d) : load_tail(p + d, D - d, 0.0f);
-}
-
-template <class T>
-inline float dot(const float* q, const T* k, int64_t D) {
-  Floats total{};
-  for (int64_t d = 0; d < D; d += kLanes) total += load(q + d) * load_up_to(k, d, D);
-  return sum(total);
-}
-
-// Takes `seen` ≤ kRun scores and their values v (rows stride apart) into the softmax and its output o (Dp,).
-template <class T>
-void take(Running& state, float* o, float* scores, int64_t seen, const T* v, int64_t stride, int64_t D) {
-  float m = state.m;
-  for (int64_t j = 0; j < seen; j++) m = scores[j] > m || scores[j] != scores[j] ? scores[j] : m;
-  const float shrink = state.m == -kInfinity ? 0.0f : exp(broadcast(state.m - m))[0];
-  const int64_t padded = (seen + kLanes - 1) / kLanes * kLanes;
-  for (int64_t j = seen; j < padded; j++) scores[j] = -kInfinity;
-  Floats total{};
-  for (int64_t j = 0; j < padded; j += kLanes) {
-    const Floats p = m == -kInfinity ? Floats{} : exp(load(scores + j) - m);
-    total += p;
-    store(scores + j, p);
-  }
-  state.m = m;
-  state.l = state.l * shrink + sum(total);
-  for (int64_t d = 0; d < D; d += kLanes) {
-    Floats out = load(o + d) * shrink;
-    for (int64_t j = 0; j < seen; j++) out += scores[j] * load_up_to(v + j * stride, d, D);
-    store(o + d, out);
-  }
-}
 
 template <class T>
 void decode(const DecodeAttention& op, int threads) {

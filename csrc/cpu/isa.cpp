@@ -8,7 +8,7 @@
 namespace fastlm::cpu {
 namespace {
 
-enum class Isa { generic, avx2, avx512 };
+enum class Isa { generic, avx2, avx512, avx512bf16 };  // ascending
 
 bool has(Isa isa) {
   switch (isa) {
@@ -27,18 +27,31 @@ bool has(Isa isa) {
 #else
       return false;
 #endif
+    case Isa::avx512bf16:
+#ifdef FASTLM_HAVE_AVX512BF16
+      return has(Isa::avx512) && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
+#else
+      return false;
+#endif
   }
   return false;
 }
 
+constexpr const char* kNames[] = {"generic", "avx2", "avx512", "avx512bf16"};  // by Isa
+
 Isa choose() {
   const char* asked = std::getenv("FASTLM_CPU_ISA");
-  if (!asked || !*asked) return has(Isa::avx512) ? Isa::avx512 : has(Isa::avx2) ? Isa::avx2 : Isa::generic;
-  const std::string name = asked;
-  const Isa isa = name == "avx512" ? Isa::avx512 : name == "avx2" ? Isa::avx2 : Isa::generic;
-  if (isa == Isa::generic && name != "generic") {
-    throw std::invalid_argument("FASTLM_CPU_ISA is '" + name + "', wanted avx512, avx2 or generic");
+  int number = 3;
+  if (!asked || !*asked) {
+    while (!has(Isa(number))) number--;
+    return Isa(number);
   }
+  const std::string name = asked;
+  while (number >= 0 && name != kNames[number]) number--;
+  if (number < 0) {
+    throw std::invalid_argument("FASTLM_CPU_ISA is '" + name + "', wanted avx512bf16, avx512, avx2 or generic");
+  }
+  const Isa isa = Isa(number);
   if (!has(isa)) throw std::runtime_error("FASTLM_CPU_ISA is '" + name + "', which this CPU or build does not have");
   return isa;
 }
@@ -50,17 +63,13 @@ Isa chosen() {
 
 }  // namespace
 
-const char* isa() {
-  switch (chosen()) {
-    case Isa::avx512:
-      return "avx512";
-    case Isa::avx2:
-      return "avx2";
-    default:
-      return "generic";
-  }
-}
+const char* isa() { return kNames[int(chosen())]; }
 
+#ifdef FASTLM_HAVE_AVX512BF16
+#define FASTLM_AVX512BF16(op) if (chosen() == Isa::avx512bf16) return avx512bf16::op(args, threads);
+#else
+#define FASTLM_AVX512BF16(op)
+#endif
 #ifdef FASTLM_HAVE_AVX512
 #define FASTLM_AVX512(op) if (chosen() == Isa::avx512) return avx512::op(args, threads);
 #else
@@ -73,6 +82,7 @@ const char* isa() {
 #endif
 #define FASTLM_FORWARD(op, Op)              \
   void op(const Op& args, int threads) {    \
+    FASTLM_AVX512BF16(op)                   \
     FASTLM_AVX512(op)                       \
     FASTLM_AVX2(op)                         \
     return generic::op(args, threads);      \

@@ -10,7 +10,8 @@
   X(attention_fwd, AttentionFwd)        \
   X(attention_bwd, AttentionBwd)        \
   X(decode_attention, DecodeAttention)  \
-  X(cache_append_, CacheAppend)
+  X(cache_append_, CacheAppend)         \
+  X(gpt2_step, Gpt2Step)
 
 #define FASTLM_DECLARE(op, Op) void op(const Op&, int threads);
 
@@ -22,6 +23,9 @@ namespace avx2 {
 FASTLM_CPU_OPS(FASTLM_DECLARE)
 }
 namespace avx512 {
+FASTLM_CPU_OPS(FASTLM_DECLARE)
+}
+namespace avx512bf16 {
 FASTLM_CPU_OPS(FASTLM_DECLARE)
 }
 }  // namespace fastlm::cpu

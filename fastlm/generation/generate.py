@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from fastlm import dispatch
+from fastlm.generation import engine
 from fastlm.generation.cache import KVCache
 from fastlm.generation.sampling import check_sampling, choose, uniforms
 from fastlm.generation.step import ENDED, Step
@@ -76,7 +77,8 @@ def _run(model, prompts, room, n, draw, seed, stop):
             cache.repeat(n)
         uniform = uniforms(seed, len(prompts), n, max(left), model.device)
         captured = model.device.type == "cuda" and max(left) >= WORTH_CAPTURING
-        step = Step(model, cache, draw, uniform, stop, captured=captured)
+        decoder = None if engine.why_not(model) else engine.Engine(model, cache)
+        step = Step(model, cache, draw, uniform, stop, captured=captured, engine=decoder)
         ids = step.first(logits, left)
     while True:
         left = [0 if token in (stop, ENDED) else count - 1 for token, count in zip(ids, left)]

@@ -15,11 +15,12 @@ class Step:
     Both return a list of B ids, ENDED where a row has ended. A row ends after left[row] tokens or with the token `stop`
     (None: never); it then goes along, but waits. draw(logits (B, V), uniform (B,)) → ids (B,), as `choose` does;
     uniform is (B, steps). With `captured` the cache must not be replaced while the step lives. Raises RuntimeError for
-    logits of which there is no draw.
+    logits of which there is no draw. An engine, where one is given, decodes in the model's place.
     """
 
-    def __init__(self, model, cache, draw, uniform, stop, *, captured):
+    def __init__(self, model, cache, draw, uniform, stop, *, captured, engine=None):
         self._model, self._cache, self._draw, self._uniform = model, cache, draw, uniform
+        self._engine = engine
         self._stop = ENDED if stop is None else stop
         self._new = torch.zeros(len(cache.lengths), dtype=torch.int64, device=model.device)  # what the step decodes
         self._left = torch.zeros_like(self._new, dtype=torch.int32)  # tokens that each row may still write
@@ -40,6 +41,9 @@ class Step:
 
     def _decode(self):
         model = self._model
+        if self._engine is not None:
+            self._next(self._engine(self._new, self._left.clamp(max=1)))
+            return
         last = model.config.n_positions - 1  # an ended row may be full
         positions = self._cache.begin(self._left.clamp(max=1), 1).clamp(max=last)
         hidden = model.hidden(self._new[:, None], positions=positions, cache=self._cache)  # (B, 1, C)

@@ -1,0 +1,195 @@
+"""The decode engine against the model's own forward, its reference."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import fastlm
+from fastlm import dispatch
+from fastlm.generation import KVCache, engine
+from fastlm.numerics import norm_ratio
+
+if (reason := dispatch.machine_why_not("cpu")) is not None:
+    pytest.skip(reason, allow_module_level=True)
+
+SIZES = {  # vocabulary, C, H, L, inner: no multiples of what the kernels work in, and whole ones
+    "odd": (97, 18, 3, 2, 50), "even": (257, 64, 2, 3, None), "one panel": (16, 16, 1, 1, 16),
+}
+PROMPTS = [torch.arange(n) % 16 for n in (1, 7, 3, 20, 5)]
+
+
+@pytest.fixture(params=SIZES)
+def model(request):
+    return make(request.param)
+
+
+def make(name):
+    V, C, H, L, inner = SIZES[name]
+    torch.manual_seed(3)
+    model = fastlm.GPT2(fastlm.GPT2Config(vocab_size=V, n_positions=64, n_embd=C, n_layer=L, n_head=H, n_inner=inner,
+                                          bos_token_id=None, eos_token_id=None)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.3) if parameter.dim() == 2 else parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+def prefilled(model, B, T, page):
+    """A cache with T - 1 tokens, and the tokens (B, T); row 1 is shorter by 4."""
+    tokens = torch.randint(16, (B, T), generator=torch.Generator().manual_seed(1))
+    cache = KVCache(model.config, B, T + 2, device="cpu", dtype=model.dtype, page=page)
+    counts = torch.full((B,), T - 1, dtype=torch.int32)
+    counts[1:2] -= 4
+    with torch.inference_mode():
+        model.hidden(tokens[:, :-1], positions=cache.begin(counts, T - 1), cache=cache)
+        cache.end()
+    return cache, tokens
+
+
+def decoded(model, B=3, T=37, page=8):
+    """Logits of the model's own forward and of the engine, and both caches afterwards; the last row waits."""
+    counts = torch.ones(B, dtype=torch.int32)
+    counts[-1] = 0
+    with torch.inference_mode():
+        cache, tokens = prefilled(model, B, T, page)
+        hidden = model.hidden(tokens[:, -1:], positions=cache.begin(counts, 1), cache=cache)
+        cache.end()
+        wanted = model.lm_head(hidden[:, 0])
+        again, _ = prefilled(model, B, T, page)
+        got = engine.Engine(model, again)(tokens[:, -1].contiguous(), counts).clone()
+    return wanted[:-1], got[:-1], cache, again
+
+
+@pytest.mark.parametrize("page", [8, 64])
+@pytest.mark.parametrize("B", [2, 6, 12, 19])
+def test_logits(model, B, page):
+    """In fp32 within rounding of the model's; the lengths count, keys and values are appended, a waiting row is not."""
+    wanted, got, cache, again = decoded(model, B=B, page=page)
+    torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
+    assert torch.equal(cache.lengths, again.lengths)
+    for ours, theirs in zip(again.k_pages + again.v_pages, cache.k_pages + cache.v_pages):
+        for b, length in enumerate(cache.lengths.tolist()):
+            pages = cache.block_table[b].long()
+            torch.testing.assert_close(ours[pages].flatten(0, 1)[:length], theirs[pages].flatten(0, 1)[:length],
+                                       rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_numerics(model, dtype):
+    """Held to the policy: the reference's composition in the same dtype is the measure, fp64 the truth."""
+    model = model.to(dtype)
+    _, got, _, _ = decoded(model)
+    with dispatch.use("reference"):
+        composed = decoded(model)[0]
+        truth = decoded_in_fp64(model)
+    assert norm_ratio(got, composed, truth) <= 1
+
+
+def decoded_in_fp64(model):
+    with torch.inference_mode():
+        model = make_double(model)
+        cache, tokens = prefilled(model, 3, 37, 8)
+        counts = torch.tensor([1, 1, 0], dtype=torch.int32)
+        hidden = model.hidden(tokens[:, -1:], positions=cache.begin(counts, 1), cache=cache)
+        return model.lm_head(hidden[:, 0])[:-1]
+
+
+def make_double(model):
+    twin = fastlm.GPT2(model.config).double().eval()
+    twin.load_state_dict(model.state_dict())
+    return twin
+
+
+@pytest.mark.parametrize("options", [{"temperature": 0}, {"seed": 3, "top_k": 9}, {"seed": 4, "top_p": 0.8}], ids=str)
+def test_generation_picks_it_up(model, options, monkeypatch):
+    options = {"max_new_tokens": 20, "stop_at": 3, "num_return_sequences": 2, **options}
+    steps = []
+    call = engine.Engine.__call__
+    monkeypatch.setattr(engine.Engine, "__call__", lambda *a: steps.append(1) or call(*a))
+    got = [row.tolist() for row in model.generate(PROMPTS, **options)]
+    assert len(steps) >= 15
+    monkeypatch.setattr(engine, "why_not", lambda model: "not now")
+    assert got == [row.tolist() for row in model.generate(PROMPTS, **options)]
+
+
+def test_the_same_bits_whatever_the_threads():
+    model, threads = make("even").bfloat16(), torch.get_num_threads()
+    first = decoded(model, B=5)[1]
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            assert torch.equal(decoded(model, B=5)[1], first)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_a_row_does_not_depend_on_the_others():
+    model = make("even")
+    assert torch.equal(decoded(model, B=12)[1][0], decoded(model, B=3)[1][0])
+
+
+def test_changed_weights_are_packed_anew():
+    model = make("even")
+    before = engine.packed(model)
+    assert engine.packed(model) is before
+    with torch.no_grad():
+        model.transformer["h"][0].mlp.c_fc.weight.mul_(2)
+    assert engine.packed(model) is not before
+    model.bfloat16()
+    assert engine.packed(model).kind == "bf16"
+
+
+def test_nan_is_not_lost():
+    model = make("even")
+    with torch.no_grad():
+        model.transformer["h"][1].mlp.c_proj.bias[5] = float("nan")
+    with pytest.raises(RuntimeError, match="hold NaN or infinity"):
+        model.generate(PROMPTS, max_new_tokens=3)
+
+
+def test_int8_panels():
+    """int8 against the same rounding of weights and activations in fp64."""
+    model = make("even")
+    truth = decoded(model)[0]
+    weights = engine.Packed(model, "int8")
+    engine._packed[model] = [(p.data_ptr(), p._version) for p in model.parameters()], weights
+    got = decoded(model)[1]
+    assert float((got - truth).norm() / truth.norm()) < 0.03
+    w = torch.randn(50, 21)
+    panels, scale, sums = engine.pack(w, "int8")
+    assert panels.shape == (2, 13, 16, 4) and scale.shape == sums.shape == (32,)
+    back = panels.permute(1, 3, 0, 2).reshape(52, 32)[:50, :21].float() * scale[:21]
+    assert float((back - w).abs().max()) <= float(scale.max()) / 2 * 1.001
+    assert torch.equal(sums, panels.permute(1, 3, 0, 2).reshape(52, 32).sum(0, dtype=torch.int32))
+
+
+def test_why_not():
+    model = make("even")
+    assert engine.why_not(model) is None
+    assert "takes float32 and bfloat16" in engine.why_not(make("even").half())
+    with dispatch.use("torch"):
+        assert "torch is forced" in engine.why_not(model)
+    handle = model.transformer["h"][0].mlp.register_forward_hook(lambda *_: None)
+    assert "hooks" in engine.why_not(model)
+    handle.remove()
+
+    class Other(fastlm.GPT2):
+        pass
+
+    assert "a class of its own" in engine.why_not(Other(model.config))
+
+
+@pytest.mark.parametrize("isa", ["avx512", "avx2", "generic"])
+def test_lower_instruction_sets(isa):
+    """The same checks in a process that is held to fewer instructions."""
+    environment = {**os.environ, "FASTLM_CPU_ISA": isa}
+    tests = ["-k", "logits or numerics or int8 or bits"]
+    done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests, __file__],
+                          capture_output=True, text=True, env=environment, cwd=Path(__file__).parent.parent)
+    if "which this CPU or build does not have" in done.stdout + done.stderr:
+        pytest.skip(f"this CPU has no {isa}")
+    assert done.returncode == 0, done.stdout[-3000:]
