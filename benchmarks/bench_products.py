@@ -1,4 +1,4 @@
-"""The matrix products of a GPT-2 layer and of its head by PyTorch's own library (cuBLAS, oneDNN): what all else adds to.
+"""The matrix products of a GPT-2 layer and of its head by PyTorch's own library (cuBLAS, oneDNN).
 
     x (N, C) W (C, M)    M = 3C (qkv), C (attention's output), 4C (MLP); 4C → C; the head C → V
 """

@@ -137,13 +137,14 @@ struct CacheAppend {
 };
 
 // How packed weights are kept (csrc/cpu/panel.h).
-enum class Weights : int { f32 = 0, bf16 = 1, int8 = 2 };
+enum class Weights : int { f32 = 0, bf16 = 1, int8 = 2, int4 = 3 };
 
 // The newest tokens of each sequence through a GPT-2 whose keys and values lie in pages; on the CPU alone. Sequence b
 // has counts[b] new tokens, 0 … T, from positions[b] on; their keys and values are appended, and logits[b] are those
-// behind the last of them (untouched where there is none). C = H*D; N stands for a product's outputs.
+// behind the last of them (untouched where there is none); with `every` they are those behind each new token, row by row.
+// C = H*D; N stands for a product's outputs.
 struct Gpt2Step {
-  float* logits;              // out (B, V rounded up to 32)
+  float* logits;              // out (B, V rounded up to 32), with `every` (sum of counts, …)
   const int64_t* layers;      // in  (L, 22) addresses: ln_1 weight, bias, ln_2 weight, bias (C,) fp32, k_pages, v_pages
                               //     (pages, page, H, D) dtype, then for qkv, proj, up, down: panels, bias, scale (N,)
                               //     fp32, sums (N,) int32, each rounded up to 16; scale and sums are those of int8
@@ -158,7 +159,7 @@ struct Gpt2Step {
   const int32_t* positions;   // in  (B,)
   const int32_t* counts;      // in  (B,)
   const int32_t* block_table; // in  (B, max_pages)
-  int64_t B, T, L, H, D, V, inner, page, max_pages;
+  int64_t B, T, L, H, D, V, inner, page, max_pages, every;
   float epsilon;
   Weights weights, head_weights;
   DType dtype;

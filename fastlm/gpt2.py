@@ -77,8 +77,10 @@ class GPT2(nn.Module):
     """`model(tokens, targets)` → (logits (B, T, V), loss); `GPT2.from_pretrained`, `save_pretrained`, `generate`.
 
     Parameter names and shapes are those of transformers' GPT2LMHeadModel. The head is tied: lm_head.weight is
-    transformer.wte.weight.
+    transformer.wte.weight. `quantised` is "int8" or "int4" where the weights are of that form (fastlm.quantised).
     """
+
+    quantised: str | None = None
 
     def __init__(self, config: GPT2Config):
         super().__init__()

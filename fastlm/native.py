@@ -123,7 +123,7 @@ class Launchers:
 
 
     def gpt2_step(self, logits, layers, head, ln_f, wte, wpe, tokens, positions, counts, block_table, **fields):
-        """One step of a whole GPT-2 (csrc/fastlm.h, Gpt2Step); head is (panels, scale, sums), scale and sums or None."""
+        """One step of a whole GPT-2 (csrc/fastlm.h, Gpt2Step); head is (panels, scale or None, sums or None)."""
         panels, scale, sums = (0 if tensor is None else tensor.data_ptr() for tensor in head)
         self._run(
             "gpt2_step", wte, logits=logits.data_ptr(), layers=layers.data_ptr(), head=panels, head_scale=scale,

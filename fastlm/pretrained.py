@@ -7,10 +7,12 @@ import tempfile
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from fastlm.config import GPT2Config
+from fastlm.quantised import GROUP, KINDS, dequantise, head_kind, matrices, quantise
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json")
 
@@ -19,7 +21,8 @@ def load(cls, name, *, device=None, dtype=torch.float32):
     """A `cls` with the weights of directory or hub id `name`, in evaluation mode.
 
     Reads config.json and model.safetensors (or the shards that model.safetensors.index.json lists). Raises
-    ValueError naming the file and the cause for anything missing, corrupt, or of another shape.
+    ValueError naming the file and the cause for anything missing, corrupt, or of another shape. Quantised weights come
+    as the numbers they stand for, in fp32, and `quantised` tells their kind.
     """
     directory = find(name)
     config = GPT2Config.load(directory / "config.json")
@@ -28,12 +31,17 @@ def load(cls, name, *, device=None, dtype=torch.float32):
     model.to_empty(device=device or "cpu")
     model.tie_weights()
     wanted = dict(model.named_parameters())  # lm_head.weight is transformer.wte.weight and listed once
-    missing = set(wanted)
+    missing, kinds = set(wanted), set()
     for path in _weight_files(directory):
-        missing -= _fill(wanted, path)
+        filled, kind = _fill(wanted, path)
+        missing -= filled
+        kinds.add(kind)
+    if len(kinds) > 1:
+        raise ValueError(f"{directory}: its files are of several kinds of weights ({', '.join(map(str, kinds))})")
+    (model.quantised,) = kinds
     if missing:
         raise ValueError(f"{directory}: no weights for {', '.join(sorted(missing)[:4])} ({len(missing)} missing)")
-    return model.to(dtype).eval()
+    return model.to(torch.float32 if model.quantised else dtype).eval()
 
 
 def find(name):
@@ -75,17 +83,24 @@ def _weight_files(directory):
 
 
 def _fill(wanted, path):
-    """Copies the tensors of one file into the parameters `wanted`; the names that were filled."""
+    """Copies the tensors of one file into the parameters `wanted`; the names that were filled, and the kind."""
     filled = set()
     try:
         with safe_open(path, framework="pt") as file:
+            kind = (file.metadata() or {}).get("fastlm_quantised")
+            if kind not in (None, *KINDS):
+                raise ValueError(f"{path}: weights are {kind!r}, wanted {' or '.join(KINDS)}")
             for key in file.keys():
+                if kind and key.endswith("_scale"):
+                    continue
                 name = key if key.startswith(("transformer.", "lm_head.")) else f"transformer.{key}"
                 if name == "lm_head.weight" or name.endswith((".attn.bias", ".attn.masked_bias")):
                     continue  # the tied head, and the causal mask that old checkpoints carry
                 if name not in wanted:
                     raise ValueError(f"{path}: has a tensor {key}, which GPT-2 has not")
                 tensor = file.get_tensor(key)
+                if kind and not tensor.is_floating_point():
+                    tensor = _dequantised(file, key, tensor, wanted[name].shape, path)
                 if tensor.shape != wanted[name].shape:
                     raise ValueError(
                         f"{path}: {key} has shape {tuple(tensor.shape)}, but config.json makes it "
@@ -98,19 +113,59 @@ def _fill(wanted, path):
                 filled.add(name)
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path}: no valid safetensors file ({error})") from None
-    return filled
+    return filled, kind
+
+
+def _dequantised(file, key, q, shape, path):
+    """The weight of `shape` that a quantised tensor of a file stands for: int8, or uint8 with two int4 a byte."""
+    transposed = key.endswith("wte.weight")
+    K, N = reversed(shape) if transposed else shape
+    if q.dtype == torch.uint8 and q.shape == ((K + 1) // 2, N):
+        q = torch.stack([q & 15, q >> 4], 1).flatten(0, 1)[:K].to(torch.int8) - 8
+    if f"{key}_scale" not in file.keys():
+        raise ValueError(f"{path}: {key} has no {key}_scale")
+    scale = file.get_tensor(f"{key}_scale")
+    if q.dtype != torch.int8 or q.shape != (K, N) or scale.dtype != torch.float32 or scale.shape not in (
+        (N,), (-(-K // GROUP), N)
+    ):
+        raise ValueError(
+            f"{path}: {key} is {q.dtype} {tuple(q.shape)} with scales {scale.dtype} {tuple(scale.shape)}, but "
+            f"config.json makes it ({K}, {N})"
+        )
+    weight = dequantise(q, scale)
+    return weight.T if transposed else weight
 
 
 def save(model, directory, *, tokenizer=None):
     """Writes the model in fp32 beside its config and tokenizer; every file is complete or absent."""
-    directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
     weights = {
         name: parameter.detach().to("cpu", torch.float32).contiguous() for name, parameter in model.named_parameters()
     }
+    _write(weights, {"format": "pt"}, model, directory, tokenizer)
+
+
+def save_quantised(model, directory, *, tokenizer=None, notes=None):
+    """Writes a quantised model as what it is: int8 (K, N), or two int4 of neighbouring k a byte, and <name>_scale.
+
+    notes: text → text, for the file's metadata.
+    """
+    weights = {name: parameter.detach().cpu().float() for name, parameter in model.named_parameters()}
+    for name, (weight, transposed) in matrices(model).items():
+        kind = head_kind(model.quantised) if transposed else model.quantised
+        q, scale = quantise(weight.T if transposed else weight, kind)
+        if kind == "int4":
+            q = F.pad(q, (0, 0, 0, len(q) % 2)).add(8).to(torch.uint8)
+            q = q[0::2] | q[1::2] << 4
+        weights |= {name: q.contiguous(), f"{name}_scale": scale.contiguous()}
+    _write(weights, {"format": "pt", "fastlm_quantised": model.quantised, **(notes or {})}, model, directory, tokenizer)
+
+
+def _write(weights, metadata, model, directory, tokenizer):
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=".saving-", dir=directory))
     try:
-        save_file(weights, staging / "model.safetensors", metadata={"format": "pt"})
+        save_file(weights, staging / "model.safetensors", metadata=metadata)
         (staging / "config.json").write_text(json.dumps(model.config.dump(), indent=2) + "\n", encoding="utf-8")
         if tokenizer is not None:
             tokenizer.save(staging)

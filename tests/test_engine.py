@@ -1,4 +1,4 @@
-"""The decode engine against the model's own forward, its reference."""
+"""The engine against the model's own forward, its reference."""
 
 import os
 import subprocess
@@ -11,11 +11,14 @@ import torch
 import fastlm
 from fastlm import dispatch
 from fastlm.generation import KVCache, engine
+from fastlm.gpt2 import Conv1D
 from fastlm.numerics import norm_ratio
+from fastlm.quantised import dequantise, quantise, quantise_
 
 if (reason := dispatch.machine_why_not("cpu")) is not None:
     pytest.skip(reason, allow_module_level=True)
 
+LOOP = sys.modules["fastlm.generation.generate"]  # the package has a function of that name
 SIZES = {  # vocabulary, C, H, L, inner: no multiples of what the kernels work in, and whole ones
     "odd": (97, 18, 3, 2, 50), "even": (257, 64, 2, 3, None), "one panel": (16, 16, 1, 1, 16),
 }
@@ -51,17 +54,17 @@ def prefilled(model, B, T, page):
 
 
 def decoded(model, B=3, T=37, page=8):
-    """Logits of the model's own forward and of the engine, and both caches afterwards; the last row waits."""
+    """Logits of the model's own forward and of the engine, and both caches afterwards; row 1 waits."""
     counts = torch.ones(B, dtype=torch.int32)
-    counts[-1] = 0
+    counts[1] = 0
     with torch.inference_mode():
         cache, tokens = prefilled(model, B, T, page)
         hidden = model.hidden(tokens[:, -1:], positions=cache.begin(counts, 1), cache=cache)
         cache.end()
         wanted = model.lm_head(hidden[:, 0])
         again, _ = prefilled(model, B, T, page)
-        got = engine.Engine(model, again)(tokens[:, -1].contiguous(), counts).clone()
-    return wanted[:-1], got[:-1], cache, again
+        got = engine.Engine(model, again)(tokens[:, -1:], counts).clone()
+    return wanted[counts > 0], got[counts > 0], cache, again
 
 
 @pytest.mark.parametrize("page", [8, 64])
@@ -93,9 +96,9 @@ def decoded_in_fp64(model):
     with torch.inference_mode():
         model = make_double(model)
         cache, tokens = prefilled(model, 3, 37, 8)
-        counts = torch.tensor([1, 1, 0], dtype=torch.int32)
+        counts = torch.tensor([1, 0, 1], dtype=torch.int32)
         hidden = model.hidden(tokens[:, -1:], positions=cache.begin(counts, 1), cache=cache)
-        return model.lm_head(hidden[:, 0])[:-1]
+        return model.lm_head(hidden[:, 0])[counts > 0]
 
 
 def make_double(model):
@@ -112,7 +115,7 @@ def test_generation_picks_it_up(model, options, monkeypatch):
     monkeypatch.setattr(engine.Engine, "__call__", lambda *a: steps.append(1) or call(*a))
     got = [row.tolist() for row in model.generate(PROMPTS, **options)]
     assert len(steps) >= 15
-    monkeypatch.setattr(engine, "why_not", lambda model: "not now")
+    monkeypatch.setattr(LOOP, "why_not", lambda model: "not now")
     assert got == [row.tolist() for row in model.generate(PROMPTS, **options)]
 
 
@@ -151,20 +154,86 @@ def test_nan_is_not_lost():
         model.generate(PROMPTS, max_new_tokens=3)
 
 
-def test_int8_panels():
-    """int8 against the same rounding of weights and activations in fp64."""
-    model = make("even")
-    truth = decoded(model)[0]
-    weights = engine.Packed(model, "int8")
-    engine._packed[model] = [(p.data_ptr(), p._version) for p in model.parameters()], weights
-    got = decoded(model)[1]
-    assert float((got - truth).norm() / truth.norm()) < 0.03
-    w = torch.randn(50, 21)
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_quantised_weights(kind, transposed):
+    w = torch.randn(150, 21).T.contiguous().T if transposed else torch.randn(150, 21)
+    w[:, 3] = 0
+    q, scale = quantise(w, kind)
+    back = dequantise(q, scale)
+    assert q.dtype == torch.int8 and q.abs().max() <= (127 if kind == "int8" else 8) and not back[:, 3].any()
+    step = scale.abs().max() if kind == "int8" else scale.abs().repeat_interleave(64, 0)[:150]
+    assert ((back - w).abs() <= step * (0.5 if kind == "int8" else 1.0) * 1.001).all()
+    again, scale_again = quantise(back, kind)
+    assert torch.equal(dequantise(again, scale_again), back)
+
+
+def test_panels():
+    """Each kind's panels hold the weights where csrc/cpu/panel.h says."""
+    w = torch.randn(150, 21)
+    panels, scale, sums = engine.pack(w, "fp32")
+    assert scale is sums is None and panels.shape == (2, 150, 16, 1) and panels[1, 7, 3, 0] == w[7, 19]
+    assert engine.pack(w.bfloat16(), "bf16")[0][1, 3, 3, 1] == w.bfloat16()[7, 19]
+    q, s = quantise(w, "int8")
     panels, scale, sums = engine.pack(w, "int8")
-    assert panels.shape == (2, 13, 16, 4) and scale.shape == sums.shape == (32,)
-    back = panels.permute(1, 3, 0, 2).reshape(52, 32)[:50, :21].float() * scale[:21]
-    assert float((back - w).abs().max()) <= float(scale.max()) / 2 * 1.001
-    assert torch.equal(sums, panels.permute(1, 3, 0, 2).reshape(52, 32).sum(0, dtype=torch.int32))
+    assert panels.shape == (2, 38, 16, 4) and panels[1, 1, 3, 3] == q[7, 19] and scale[19] == s[19]
+    assert torch.equal(sums[:21], q.sum(0, dtype=torch.int32)) and len(sums) == len(scale) == 32
+    q, s = quantise(w, "int4")
+    panels = engine.pack(w, "int4")[0]
+    assert panels.shape == (2, 3, 576) and panels[1, 1, :64].view(torch.float32)[3] == s[1, 19]
+    steps = panels[..., 64:].view(2, 3, 8, 16, 4)
+    k, n = 64 + 8 * 2 + 1, 19
+    assert steps[1, 1, 2, 3, 1] == (q[k, n] + 8) + 16 * (q[k + 4, n] + 8)
+
+
+def rounded(x):
+    """Activations as int8 with a scale a row stand for."""
+    scale = x.abs().amax(-1, keepdim=True) / 127
+    return torch.round(x / scale) * scale
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+@pytest.mark.parametrize("T", [1, 9])
+def test_quantised_models(model, kind, T, monkeypatch):
+    """Against the model's own forward with every product's activations rounded as the engine rounds them."""
+    model = quantise_(model, kind)
+    tokens = torch.randint(16, (3, T), generator=torch.Generator().manual_seed(1))
+    cache = KVCache(model.config, 3, T, device="cpu", dtype=model.dtype)
+    with torch.inference_mode():
+        got = engine.Engine(model, cache).every(tokens)
+        plain = model(tokens)[0]
+        product, head = Conv1D.forward, torch.nn.Linear.forward
+        monkeypatch.setattr(Conv1D, "forward", lambda self, x: product(self, rounded(x)))
+        monkeypatch.setattr(torch.nn.Linear, "forward", lambda self, x: head(self, rounded(x)))
+        wanted = model(tokens)[0]
+    # A number that lies between two int8 falls to this side or that: 1/254 of the largest, in few.
+    assert float((got - wanted).norm() / wanted.norm()) < 4e-3
+    assert float((got - plain).norm() / plain.norm()) < 0.1
+    assert engine.packed(model).kind == kind
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_prompts(model, dtype, monkeypatch):
+    """Unequal prompts in one call, and cut into calls of few rows."""
+    model = model.to(dtype)
+    tokens = torch.randint(16, (3, 40), generator=torch.Generator().manual_seed(1))
+    counts = torch.tensor([40, 3, 17], dtype=torch.int32)
+    with torch.inference_mode():
+        wanted = torch.stack([model.double()(row[None, :n])[0][0, -1] for row, n in zip(tokens, counts)])
+        model.to(dtype)
+        for rows in (engine.ROWS, 24):
+            monkeypatch.setattr(engine, "ROWS", rows)
+            cache = KVCache(model.config, 3, 40, device="cpu", dtype=dtype, page=16)
+            got = engine.Engine(model, cache)(tokens, counts)
+            error = float((got - wanted).norm() / wanted.norm())
+            assert error < (1e-5 if dtype == torch.float32 else 0.05) and torch.equal(cache.lengths, counts)
+
+
+def test_every_logit(model):
+    tokens = torch.randint(16, (2, 23), generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        cache = KVCache(model.config, 2, 23, device="cpu", dtype=torch.float32)
+        torch.testing.assert_close(engine.Engine(model, cache).every(tokens), model(tokens)[0], rtol=1e-4, atol=1e-4)
 
 
 def test_why_not():
@@ -187,7 +256,7 @@ def test_why_not():
 def test_lower_instruction_sets(isa):
     """The same checks in a process that is held to fewer instructions."""
     environment = {**os.environ, "FASTLM_CPU_ISA": isa}
-    tests = ["-k", "logits or numerics or int8 or bits"]
+    tests = ["-k", "logit or numerics or quantised or prompts or bits"]
     done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests, __file__],
                           capture_output=True, text=True, env=environment, cwd=Path(__file__).parent.parent)
     if "which this CPU or build does not have" in done.stdout + done.stderr:

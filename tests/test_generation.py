@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fastlm
 from fastlm import dispatch
 from fastlm.data.tokenizer import Tokenizer
-from fastlm.generation import KVCache, engine, step, stream_tokens
+from fastlm.generation import KVCache, step, stream_tokens
 from fastlm.generation.sampling import BAD, choose, uniforms
 from fastlm.philox import philox
 
@@ -70,7 +70,7 @@ SAMPLED = {"temperature": 0.8, "top_k": 40, "top_p": 0.9, "seed": 2, "stop_at": 
 def test_a_captured_step_gives_the_same_tokens(model, monkeypatch, options):
     """With a stand-in for the CUDA graph; outside of it nothing is allocated."""
     options = {**options, "max_new_tokens": 12, "num_return_sequences": 2}
-    monkeypatch.setattr(engine, "why_not", lambda model: "the step as on a GPU is tried here")
+    monkeypatch.setattr(LOOP, "why_not", lambda model: "the step as on a GPU is tried here")
     wanted = lists(model.generate(PROMPTS, **options))
     replays, outside = [], Allocations()
 

@@ -18,7 +18,7 @@ OPS = sorted(path.stem for path in (ROOT / "fastlm" / "ops").glob("*.py") if pat
 FLOORS = [
     {"checks", "config", "philox", "kernels", "backends", "numerics", "measure"},
     {"reference", "native"}, {"vendor"}, {"dispatch"}, {"ops"},
-    {"gpt2", "pretrained", "data"}, {"generation", "training"}, {"certificate"}, {"benchmarks"}, {"cli"},
+    {"gpt2", "quantised", "pretrained", "data"}, {"generation", "training"}, {"certificate"}, {"benchmarks"}, {"cli"},
 ]
 
 

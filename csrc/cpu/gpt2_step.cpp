@@ -6,6 +6,8 @@
 //
 // Rows are the new tokens of all sequences, one below the other. The work is a row of phases, each cut into chunks that
 // the threads take one by one (phases.h).
+#include <omp.h>
+
 #include <algorithm>
 #include <cmath>
 #include <vector>
@@ -18,7 +20,7 @@
 namespace fastlm::cpu::FASTLM_ISA {
 namespace {
 
-constexpr int kRowsAtOnce = 8;  // rows that share one reading of two panels
+constexpr int64_t kPanelsAtOnce = 8;  // read side by side where rows are few: more streams, more bandwidth
 
 inline int64_t up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
@@ -59,12 +61,28 @@ inline void write_row(uint8_t* to, float* scale, const float* row, int64_t K) {
   for (int64_t k = 0; k < K; k++) to[k] = uint8_t(int32_t(std::nearbyintf(row[k] * inverse)) + 128);
 }
 
+inline void write_row(int8_t* to, float* scale, const float* row, int64_t K) {
+  float largest = 0.0f;
+  for (int64_t k = 0; k < K; k++) largest = std::max(largest, std::fabs(row[k]));
+  *scale = largest / 127.0f;
+  const float inverse = largest > 0.0f ? 127.0f / largest : 0.0f;
+  for (int64_t k = 0; k < K; k++) to[k] = int8_t(std::nearbyintf(row[k] * inverse));
+}
+
 // The same, with zeros up to the end of the last group of k.
 template <class W>
 void write_whole_row(const Acts& acts, int64_t m, const float* row, int64_t K) {
   typename W::Act* to = acts.row<W>(m);
   write_row(to, acts.scale + m, row, K);
-  std::fill(to + K, to + up(K, W::kGroup), typename W::Act{});
+  const int64_t end = up(K, W::kGroup);
+  std::fill(to + K, to + end, typename W::Act{});
+  if constexpr (std::is_same_v<W, Int4Weights>) {
+    for (int64_t g = 0; g < end / W::kGroup; g++) {
+      int32_t total = 0;
+      for (int64_t k = 0; k < W::kGroup; k++) total += to[g * W::kGroup + k];
+      std::memcpy(to + end + 4 * g, &total, 4);
+    }
+  }
 }
 
 // (row - mean) / sqrt(variance + epsilon) · w + b, (C,)
@@ -98,6 +116,7 @@ void write_row(const Acts& acts, Weights weights, int64_t m, const float* row, i
     case Weights::f32: return write_whole_row<F32Weights>(acts, m, row, K);
     case Weights::bf16: return write_whole_row<Bf16Weights>(acts, m, row, K);
     case Weights::int8: return write_whole_row<Int8Weights>(acts, m, row, K);
+    case Weights::int4: return write_whole_row<Int4Weights>(acts, m, row, K);
   }
 }
 
@@ -118,12 +137,12 @@ struct Output {
 };
 
 // Rows m0 … of the product with `panels` panels from p0 on.
-template <class W, int rows, int panels>
+template <class W, int rows, int panels, bool fetch = true>
 void tile(const Packed& packed, const Acts& acts, int64_t m0, int64_t p0, const Output& out) {
-  const int64_t K = up(packed.K, W::kGroup), bytes = K / W::kGroup * 4 * kPanel;
-  typename W::Sum sums[rows][panels * kParts];
+  const int64_t bytes = up(packed.K, W::kGroup) / W::kGroup * W::kGroupBytes;  // a panel
   const int64_t ld = acts.ld / int64_t(sizeof(typename W::Act));
-  product_of_panels<W, rows, panels>(sums, packed.w + p0 * bytes, bytes, acts.row<W>(m0), ld, K);
+  typename W::Sum sums[rows][panels * kParts];
+  product_of_panels<W, rows, panels, fetch>(sums, packed.w + p0 * bytes, bytes, acts.row<W>(m0), ld);
   for (int m = 0; m < rows; m++)
     for (int v = 0; v < panels * kParts; v++) {
       const int64_t n = p0 * kPanel + v * kLanes;
@@ -134,36 +153,56 @@ void tile(const Packed& packed, const Acts& acts, int64_t m0, int64_t p0, const 
         const Ints exact = sums[m][v] - (sum_w << 7);  // the bytes are x + 128
         y = __builtin_convertvector(exact, Floats) * (load(packed.scale + n) * acts.scale[m0 + m]);
       } else {
-        y = sums[m][v];
+        y = std::is_same_v<W, Int4Weights> ? sums[m][v] * acts.scale[m0 + m] : sums[m][v];
       }
       out.take(m0 + m, n, packed.bias ? y + load(packed.bias + n) : y);
     }
 }
 
+// All rows with `panels` panels; what was read once stays in the caches for the next rows.
 template <class W, int panels>
 void tiles(const Packed& packed, const Acts& acts, int64_t M, int64_t p0, const Output& out) {
-  int64_t m = 0;
-  for (; m + kRowsAtOnce <= M; m += kRowsAtOnce) tile<W, kRowsAtOnce, panels>(packed, acts, m, p0, out);
-  if (m + 4 <= M) tile<W, 4, panels>(packed, acts, m, p0, out), m += 4;
-  if (m + 2 <= M) tile<W, 2, panels>(packed, acts, m, p0, out), m += 2;
-  if (m < M) tile<W, 1, panels>(packed, acts, m, p0, out);
+  if constexpr (panels <= 2) {
+    int64_t m = 0;
+    if (m + 8 <= M) tile<W, 8, panels>(packed, acts, m, p0, out), m += 8;
+    for (; m + 8 <= M; m += 8) tile<W, 8, panels, false>(packed, acts, m, p0, out);
+    if (m + 4 <= M) tile<W, 4, panels>(packed, acts, m, p0, out), m += 4;
+    if (m + 2 <= M) tile<W, 2, panels>(packed, acts, m, p0, out), m += 2;
+    if (m < M) tile<W, 1, panels>(packed, acts, m, p0, out);
+  } else if (M == 1) {
+    tile<W, 1, panels>(packed, acts, 0, p0, out);
+  } else {
+    tile<W, 2, panels>(packed, acts, 0, p0, out);
+    if (M == 3) tile<W, 1, panels, false>(packed, acts, 2, p0, out);
+  }
 }
 
 template <class W>
-void product(Walk& walk, const Packed& packed, const Acts& acts, int64_t M, const Output& out) {
+void product(Walk& walk, const Packed& packed, const Acts& acts, int64_t M, const Output& out, int threads) {
   const int64_t panels = (packed.N + kPanel - 1) / kPanel;
-  walk.run((panels + 1) / 2, [&](int64_t i) {
-    if (2 * i + 1 < panels) tiles<W, 2>(packed, acts, M, 2 * i, out);
-    else tiles<W, 1>(packed, acts, M, 2 * i, out);
+  const int64_t most = M < 4 ? kPanelsAtOnce : 2;  // that one reading of the activations serves
+  int64_t chunk = kPanelsAtOnce;
+  while (chunk > 1 && panels / chunk < 3 * threads) chunk /= 2;  // enough for everybody
+  walk.run((panels + chunk - 1) / chunk, [&](int64_t i) {
+    const int64_t end = std::min(panels, (i + 1) * chunk);
+    for (int64_t p = i * chunk; p < end;) {
+      const int64_t left = std::min(end - p, most);
+      if (left >= 8) tiles<W, 8>(packed, acts, M, p, out), p += 8;
+      else if (left >= 4) tiles<W, 4>(packed, acts, M, p, out), p += 4;
+      else if (left >= 2) tiles<W, 2>(packed, acts, M, p, out), p += 2;
+      else tiles<W, 1>(packed, acts, M, p, out), p += 1;
+    }
   });
 }
 
 // One phase: the product of M rows.
-void product(Walk& walk, Weights weights, const Packed& packed, const Acts& acts, int64_t M, const Output& out) {
+void product(Walk& walk, Weights weights, const Packed& packed, const Acts& acts, int64_t M, const Output& out,
+             int threads) {
   switch (weights) {
-    case Weights::f32: return product<F32Weights>(walk, packed, acts, M, out);
-    case Weights::bf16: return product<Bf16Weights>(walk, packed, acts, M, out);
-    case Weights::int8: return product<Int8Weights>(walk, packed, acts, M, out);
+    case Weights::f32: return product<F32Weights>(walk, packed, acts, M, out, threads);
+    case Weights::bf16: return product<Bf16Weights>(walk, packed, acts, M, out, threads);
+    case Weights::int8: return product<Int8Weights>(walk, packed, acts, M, out, threads);
+    case Weights::int4: return product<Int4Weights>(walk, packed, acts, M, out, threads);
   }
 }
 
@@ -172,7 +211,6 @@ void product(Walk& walk, Weights weights, const Packed& packed, const Acts& acts
 // A new token: its sequence and its position.
 struct Row {
   int64_t b, position;
-  bool last;  // of its sequence
 };
 
 Packed packed_at(const int64_t*& p, int64_t K, int64_t N) {
@@ -186,14 +224,16 @@ template <class T>
 void step(const Gpt2Step& op, int threads) {
   const int64_t C = op.H * op.D, F = op.inner;
   std::vector<Row> rows;
-  std::vector<int64_t> lasts;  // row of each sequence's last new token, in the order of `ends`
-  std::vector<int64_t> ends;   // its sequence
+  std::vector<int64_t> lasts;  // the rows whose logits are wanted,
+  std::vector<int64_t> ends;   // and where they go
   std::vector<int64_t> tokens;
   for (int64_t b = 0; b < op.B; b++)
     for (int64_t t = 0; t < op.counts[b]; t++) {
-      const bool last = t + 1 == op.counts[b];
-      if (last) lasts.push_back(int64_t(rows.size())), ends.push_back(b);
-      rows.push_back({b, op.positions[b] + t, last});
+      if (op.every || t + 1 == op.counts[b]) {
+        lasts.push_back(int64_t(rows.size()));
+        ends.push_back(op.every ? int64_t(rows.size()) : b);
+      }
+      rows.push_back({b, op.positions[b] + t});
       tokens.push_back(op.tokens[b * op.T + t]);
     }
   const int64_t M = int64_t(rows.size()), E = int64_t(lasts.size());
@@ -205,15 +245,16 @@ void step(const Gpt2Step& op, int threads) {
   float *qkv = x + M * Cp, *o = qkv + M * Qp, *f = o + M * Cp, *row_scales = f + M * Fp;
   std::vector<char> act_bytes(M * widest * 4 + 64);  // as wide as fp32, so that a group of k ends inside
   const Acts acts{act_bytes.data(), row_scales, widest * 4};
-  std::vector<float> apart(E < op.B ? E * Vp : 0);  // where some sequences wait
-  float* logits = E < op.B ? apart.data() : op.logits;
+  const bool scattered = !op.every && E < op.B;  // some sequences wait
+  std::vector<float> apart(scattered ? E * Vp : 0);
+  float* logits = scattered ? apart.data() : op.logits;
   const T *wte = static_cast<const T*>(op.wte), *wpe = static_cast<const T*>(op.wpe);
   const float scale = 1.0f / std::sqrt(float(op.D));
-  Phases phases(op.L * 12 + 4);
+  Phases phases(op.L * 12 + 4, threads);
 
 #pragma omp parallel num_threads(threads)
   {
-    Walk walk(phases);
+    Walk walk(phases, omp_get_thread_num());
     thread_local std::vector<float> kept;
     kept.resize(widest + 4 * up(op.D, kLanes));
     float* normed = kept.data();
@@ -235,7 +276,7 @@ void step(const Gpt2Step& op, int threads) {
         normalise(normed, x + m * Cp, ln_1_w, ln_1_b, C, op.epsilon);
         write_row(acts, op.weights, m, normed, C);
       });
-      product(walk, op.weights, qkv_w, acts, M, {qkv, Qp, Then::store});
+      product(walk, op.weights, qkv_w, acts, M, {qkv, Qp, Then::store}, threads);
       walk.run(M, [&](int64_t m) {  // appends k and v
         const Row row = rows[m];
         const int64_t page = op.block_table[row.b * op.max_pages + row.position / op.page];
@@ -263,24 +304,23 @@ void step(const Gpt2Step& op, int threads) {
         for (int64_t d = 0; d < op.D; d++) o[m * Cp + h * op.D + d] = sums[d] / state.l;
       });
       walk.run(M, [&](int64_t m) { write_row(acts, op.weights, m, o + m * Cp, C); });
-      product(walk, op.weights, proj_w, acts, M, {x, Cp, Then::add});
+      product(walk, op.weights, proj_w, acts, M, {x, Cp, Then::add}, threads);
       walk.run(M, [&](int64_t m) {
         normalise(normed, x + m * Cp, ln_2_w, ln_2_b, C, op.epsilon);
         write_row(acts, op.weights, m, normed, C);
       });
-      product(walk, op.weights, up_w, acts, M, {f, Fp, Then::gelu});
+      product(walk, op.weights, up_w, acts, M, {f, Fp, Then::gelu}, threads);
       walk.run(M, [&](int64_t m) { write_row(acts, op.weights, m, f + m * Fp, F); });
-      product(walk, op.weights, down_w, acts, M, {x, Cp, Then::add});
+      product(walk, op.weights, down_w, acts, M, {x, Cp, Then::add}, threads);
     }
     walk.run(E, [&](int64_t e) {
       normalise(normed, x + lasts[e] * Cp, op.ln_f_w, op.ln_f_b, C, op.epsilon);
       write_row(acts, op.head_weights, e, normed, C);
     });
     const Packed head{op.head, nullptr, op.head_scale, op.head_sums, C, op.V};
-    product(walk, op.head_weights, head, acts, E, {logits, Vp, Then::store});
+    product(walk, op.head_weights, head, acts, E, {logits, Vp, Then::store}, threads);
   }
-  for (int64_t e = 0; e < E; e++)
-    if (logits != op.logits) std::copy_n(logits + e * Vp, Vp, op.logits + ends[e] * Vp);
+  for (int64_t e = 0; e < (scattered ? E : 0); e++) std::copy_n(logits + e * Vp, Vp, op.logits + ends[e] * Vp);
 }
 
 }  // namespace

@@ -1,12 +1,17 @@
 // Products of a few rows with packed weights: y[m, n] = sum_k x[m, k] w[k, n], the weights read once for all rows.
 //
-// Packed weights are panels of kPanel outputs. In a panel each run of `group` neighbouring k is kPanel words of four
-// bytes, a word an output: one fp32, two bf16 or four int8. So a step down a panel is 64 bytes whatever the width, and
-// a thread reads its panels from the first byte to the last.
+// Packed weights are panels of kPanel outputs. A step down a panel is kPanel words of four bytes, a word an output: one
+// fp32, two bf16, four int8 or eight int4 of neighbouring k. So a step is 64 bytes whatever the width, and a thread
+// reads its panels from the first byte to the last.
 //
-//   f32    y = sum x w                       x fp32
-//   bf16   y = sum x w                       x bf16 where the CPU multiplies pairs of it, fp32 otherwise
-//   int8   y = s_x[m] s_w[n] sum x w         x int8, by row; as bytes x + 128 where the CPU multiplies bytes by int8
+//   f32    y = sum x w                                   x fp32
+//   bf16   y = sum x w                                   x bf16 where the CPU multiplies pairs of it, fp32 otherwise
+//   int8   y = s_x[m] s_w[n] sum x w                     x int8, a scale a row, as bytes x + 128: the CPU multiplies
+//                                                        bytes by int8, and 128 sum w is taken off at the end
+//   int4   y = s_x[m] sum_g s_w[g, n] sum_{k in g} x w   x int8; w as 0 … 15, 8 sum x taken off. A group g of 64 k has
+//                                                        its scales (kPanel fp32) before its eight steps; word j of a
+//                                                        step holds k = 8 step + (0 … 3) in the low halves of its
+//                                                        bytes, 8 step + (4 … 7) in the high ones
 #pragma once
 
 #include <algorithm>
@@ -19,8 +24,9 @@ namespace fastlm::cpu::FASTLM_ISA {
 constexpr int64_t kPanel = 16;                    // outputs
 constexpr int kParts = int(kPanel) / kLanes;      // vectors a panel is wide
 
+// A group of k: as many as go together, in a panel of so many bytes.
 struct F32Weights {
-  static constexpr int64_t kGroup = 1;
+  static constexpr int64_t kGroup = 1, kGroupBytes = 64;
   using Act = float;
   using Sum = Floats;
   static Act act(float x) { return x; }
@@ -28,7 +34,7 @@ struct F32Weights {
 };
 
 struct Bf16Weights {
-  static constexpr int64_t kGroup = 2;
+  static constexpr int64_t kGroup = 2, kGroupBytes = 64;
   using Sum = Floats;
 #if defined(__AVX512BF16__)
   using Act = Bf16;
@@ -49,7 +55,7 @@ struct Bf16Weights {
 };
 
 struct Int8Weights {
-  static constexpr int64_t kGroup = 4;
+  static constexpr int64_t kGroup = 4, kGroupBytes = 64;
   using Act = uint8_t;  // x + 128
   using Sum = Ints;
 #if defined(__AVX512VNNI__)
@@ -68,29 +74,110 @@ struct Int8Weights {
 #endif
 };
 
-// sums[m][p] (kParts vectors each) = rows x[m] (K,) times panels p, each panel_bytes long; K a multiple of the group.
-template <class W, int rows, int panels>
-inline void product_of_panels(typename W::Sum (&sums)[rows][panels * kParts], const char* w, int64_t panel_bytes,
-                              const typename W::Act* x, int64_t ldx, int64_t K) {
+struct Int4Weights {
+  static constexpr int64_t kGroup = 64, kGroupBytes = 9 * 64;
+  using Act = int8_t;  // a row ends with the sums of its groups, int32
+  using Sum = Floats;
+  static void add(Ints& sum, Ints w, const Act* x) {
+#if defined(__AVX512VNNI__)
+    int32_t low, high;
+    std::memcpy(&low, x, 4);
+    std::memcpy(&high, x + 4, 4);
+    sum = (Ints)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)(w & 0x0f0f0f0f), _mm512_set1_epi32(low));
+    sum = (Ints)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)((Ints)((Words)w >> 4) & 0x0f0f0f0f), _mm512_set1_epi32(high));
+#else
+    for (int i = 0; i < 4; i++) {
+      sum += (w >> (8 * i) & 15) * int32_t(x[i]);
+      sum += (w >> (8 * i + 4) & 15) * int32_t(x[4 + i]);
+    }
+#endif
+  }
+};
+
+// How far ahead of a step the weights are fetched into the second-level cache, in bytes, where rows are few.
+constexpr int64_t kAhead = 2048;
+
+// sums[m][p] (kParts vectors each) = rows x[m] (K,) times `panels` neighbouring panels of `bytes` each; K is a multiple
+// of the group. The weights of what comes next are fetched ahead: of the next panels' same step where many rows make
+// a step long, a little further down the same panels otherwise, and towards the end the beginning of the next ones.
+template <class W, int rows, int panels, bool fetch>
+inline void product_of_panels(typename W::Sum (&sums)[rows][panels * kParts], const char* w, int64_t bytes,
+                              const typename W::Act* x, int64_t ldx) {
 #pragma GCC unroll 16
   for (int m = 0; m < rows; m++)
 #pragma GCC unroll 16
     for (int p = 0; p < panels * kParts; p++) sums[m][p] = typename W::Sum{};
-  for (int64_t k = 0; k < K; k += W::kGroup, w += 4 * kPanel) {
-    Ints words[panels * kParts];
+  if constexpr (std::is_same_v<W, Int4Weights>) {
+    const int32_t* x_sums = reinterpret_cast<const int32_t*>(x + bytes / W::kGroupBytes * W::kGroup);
+    const int64_t ahead = rows >= 4 ? panels * bytes : kAhead;
+    for (int64_t g = 0, at = 0; at < bytes; g++) {
+      Floats scales[panels * kParts];
+      Ints exact[rows][panels * kParts];
+      const auto fetch_step = [&](int p) {
+        if constexpr (fetch) __builtin_prefetch(w + p * bytes + at + ahead, 0, 2);
+      };
 #pragma GCC unroll 16
-    for (int p = 0; p < panels; p++) {
-#if defined(__SSE2__)
-      __builtin_prefetch(w + p * panel_bytes + 1536);
-#endif
+      for (int p = 0; p < panels; p++) {
+        fetch_step(p);
 #pragma GCC unroll 16
-      for (int i = 0; i < kParts; i++)
-        std::memcpy(&words[p * kParts + i], w + p * panel_bytes + 4 * kLanes * i, sizeof(Ints));
+        for (int i = 0; i < kParts; i++)
+          scales[p * kParts + i] = load(reinterpret_cast<const float*>(w + p * bytes + at) + kLanes * i);
+      }
+#pragma GCC unroll 16
+      for (int m = 0; m < rows; m++)
+#pragma GCC unroll 16
+        for (int p = 0; p < panels * kParts; p++) {
+          int32_t x_sum;
+          std::memcpy(&x_sum, reinterpret_cast<const char*>(x_sums + g) + m * ldx, 4);
+          exact[m][p] = Ints{} - 8 * x_sum;
+        }
+      at += 4 * kPanel;
+      for (int step = 0; step < 8; step++, at += 4 * kPanel) {
+        const typename W::Act* x_at = x + g * W::kGroup + step * 8;
+#pragma GCC unroll 16
+        for (int p = 0; p < panels; p++) {
+          fetch_step(p);
+#pragma GCC unroll 16
+          for (int i = 0; i < kParts; i++) {
+            Ints word;
+            std::memcpy(&word, w + p * bytes + at + 4 * kLanes * i, sizeof word);
+#pragma GCC unroll 16
+            for (int m = 0; m < rows; m++) W::add(exact[m][p * kParts + i], word, x_at + m * ldx);
+          }
+        }
+      }
+#pragma GCC unroll 16
+      for (int m = 0; m < rows; m++)
+#pragma GCC unroll 16
+        for (int p = 0; p < panels * kParts; p++)
+          sums[m][p] += __builtin_convertvector(exact[m][p], Floats) * scales[p];
     }
+    return;
+  } else {
+    const auto steps = [&](int64_t from, int64_t to, int64_t ahead) {
+      for (int64_t at = from; at < to; at += 4 * kPanel) {
+        Ints words[panels * kParts];  // a step
 #pragma GCC unroll 16
-    for (int m = 0; m < rows; m++)
+        for (int p = 0; p < panels; p++) {
+          if constexpr (fetch) __builtin_prefetch(w + p * bytes + at + ahead, 0, 2);
 #pragma GCC unroll 16
-      for (int p = 0; p < panels * kParts; p++) W::add(sums[m][p], words[p], x + m * ldx + k);
+          for (int i = 0; i < kParts; i++)
+            std::memcpy(&words[p * kParts + i], w + p * bytes + at + 4 * kLanes * i, sizeof(Ints));
+        }
+        const typename W::Act* x_at = x + at / (4 * kPanel) * W::kGroup;
+#pragma GCC unroll 16
+        for (int m = 0; m < rows; m++)
+#pragma GCC unroll 16
+          for (int p = 0; p < panels * kParts; p++) W::add(sums[m][p], words[p], x_at + m * ldx);
+      }
+    };
+    if constexpr (rows >= 4) {
+      steps(0, bytes, panels * bytes);
+    } else {
+      const int64_t turn = std::max(bytes - kAhead, int64_t(0));
+      steps(0, turn, kAhead);
+      steps(turn, bytes, kAhead + (panels - 1) * bytes);
+    }
   }
 }
 

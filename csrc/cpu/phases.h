@@ -1,7 +1,9 @@
-// Phases of work in one OpenMP region, each cut into chunks that the threads take from a counter.
+// Phases of work in one OpenMP region, each cut into chunks.
 //
-// A phase has ended when its chunks are done, not when all threads have come: a thread whose core was taken away holds
-// up the others for no more than the chunk in its hands. Who waits spins a little, then yields its core.
+// The chunks of a phase lie in as many runs as there are threads. A thread takes those of its own run in order, so that
+// it reads on where it has read before, and then helps with the others'. A phase has ended when its chunks are done,
+// not when all threads have come: a thread whose core was taken away holds up the others for no more than the chunk in
+// its hands. Who waits spins a little, then yields its core.
 #pragma once
 
 #include <sched.h>
@@ -14,26 +16,39 @@ namespace fastlm::cpu {
 
 constexpr int kSpins = 4000;  // pauses, about 0.1 ms, before a waiting thread yields
 
-struct alignas(64) PhaseCounter {
-  std::atomic<int64_t> next{0}, done{0};
-};
+// The counters of the phases of one call: per phase the chunks that are done, and those that were taken of every run.
+class Phases {
+ public:
+  Phases(int64_t count, int runs) : runs_(runs), counters_(count * (runs + 1)) {}
 
-// The counters of as many phases as one call has.
-using Phases = std::vector<PhaseCounter>;
+ private:
+  friend class Walk;
+  struct alignas(64) Counter {
+    std::atomic<int64_t> value{0};
+  };
+  int runs_;
+  std::vector<Counter> counters_;
+};
 
 // One thread's walk through the phases: every thread calls `run` for the same ones in the same order.
 class Walk {
  public:
-  explicit Walk(Phases& phases) : counter_(phases.data()) {}
+  Walk(Phases& phases, int thread) : counters_(phases.counters_.data()), runs_(phases.runs_), thread_(thread) {}
 
   template <class Body>
   void run(int64_t chunks, Body&& body) {
-    PhaseCounter& counter = *counter_++;
-    for (int64_t i; (i = counter.next.fetch_add(1, std::memory_order_relaxed)) < chunks;) {
-      body(i);
-      counter.done.fetch_add(1, std::memory_order_release);
+    auto& done = counters_[runs_].value;
+    for (int i = 0; i < runs_; i++) {
+      const int at = (thread_ + i) % runs_;
+      const int64_t begin = at * chunks / runs_, end = (at + 1) * chunks / runs_;
+      if (begin == end) continue;
+      auto& taken = counters_[at].value;
+      for (int64_t chunk; (chunk = begin + taken.fetch_add(1, std::memory_order_relaxed)) < end;) {
+        body(chunk);
+        done.fetch_add(1, std::memory_order_release);
+      }
     }
-    for (int spins = 0; counter.done.load(std::memory_order_acquire) < chunks;) {
+    for (int spins = 0; done.load(std::memory_order_acquire) < chunks;) {
       if (++spins > kSpins) {
         sched_yield();
         continue;
@@ -42,10 +57,12 @@ class Walk {
       __builtin_ia32_pause();
 #endif
     }
+    counters_ += runs_ + 1;
   }
 
  private:
-  PhaseCounter* counter_;
+  Phases::Counter* counters_;
+  int runs_, thread_;
 };
 
 }  // namespace fastlm::cpu

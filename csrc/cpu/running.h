@@ -42,7 +42,15 @@ void take(Running& state, float* o, float* scores, int64_t seen, const T* v, int
   }
   state.m = m;
   state.l = state.l * shrink + sum(total);
-  for (int64_t d = 0; d < D; d += kLanes) {
+  int64_t d = 0;
+  for (; d + 4 * kLanes <= D; d += 4 * kLanes) {  // four sums at a time: one would wait for its own addition
+    Floats out[4];
+    for (int i = 0; i < 4; i++) out[i] = load(o + d + i * kLanes) * shrink;
+    for (int64_t j = 0; j < seen; j++)
+      for (int i = 0; i < 4; i++) out[i] += scores[j] * load(v + j * stride + d + i * kLanes);
+    for (int i = 0; i < 4; i++) store(o + d + i * kLanes, out[i]);
+  }
+  for (; d < D; d += kLanes) {
     Floats out = load(o + d) * shrink;
     for (int64_t j = 0; j < seen; j++) out += scores[j] * load_up_to(v + j * stride, d, D);
     store(o + d, out);

@@ -165,7 +165,15 @@ inline Floats select(Ints mask, Floats yes, Floats no) {
 
 inline Floats maximum(Floats a, Floats b) { return select(a > b, a, b); }
 
-inline float sum(Floats x) {  // pairwise, so the order is the same for the same kLanes
+// Pairwise, so that the order is the same for the same kLanes.
+inline float sum(Floats x) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_ps((__m512)x);  // in the order below
+#elif defined(__AVX2__)
+  const __m128 four = _mm_add_ps(_mm256_castps256_ps128((__m256)x), _mm256_extractf128_ps((__m256)x, 1));
+  const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+#endif
   for (int width = kLanes / 2; width; width /= 2)
     for (int i = 0; i < width; i++) x[i] += x[i + width];
   return x[0];

@@ -4,7 +4,7 @@ import sys
 
 import typer
 
-from fastlm.cli import bench, check, data, demo, doctor, explain, generate, profile, report, train, tune
+from fastlm.cli import bench, check, convert, data, demo, doctor, explain, generate, profile, report, train, tune
 
 app = typer.Typer(
     name="fastlm",
@@ -16,6 +16,7 @@ app = typer.Typer(
 app.command("demo")(demo.demo)
 app.command("train")(train.train)
 app.command("generate")(generate.generate)
+app.command("convert")(convert.convert)
 app.add_typer(data.app, name="data")
 app.command("doctor")(doctor.doctor)
 app.command("check")(check.check)

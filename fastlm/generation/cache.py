@@ -51,6 +51,11 @@ class KVCache:
         self.lengths.copy_(self._total)  # in place, so that a captured step finds it
         self._empty = False
 
+    def advance(self, counts):
+        """Counts counts (B,) int32 tokens more, which somebody else has appended."""
+        self.lengths += counts
+        self._empty = False
+
     def repeat(self, times):
         """Makes every sequence `times` sequences with pages of their own, neighbours in the batch."""
         batch, n = self.block_table.shape

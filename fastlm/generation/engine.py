@@ -1,8 +1,9 @@
-"""The decode engine of a CPU: a whole GPT-2 step in one native call, over weights that were packed once.
+"""The engine of a CPU: a whole GPT-2 step, prompts or newest tokens, in one native call over weights packed once.
 
-    (K, N) → panels (N/16, K/g, 16, g)     g = 1 fp32, 2 bf16, 4 int8: 64 bytes a step down a panel
+    (K, N) → panels (N/16, K/g, 16, g)     g = 1 fp32, 2 bf16, 4 int8: 64 bytes a step down a panel; int4 see `_int4`
 
-The model's own forward is its reference: same cache, same tokens, sums in another order.
+The model's own forward is its reference: same cache, same tokens, sums in another order. A quantised model's weights
+are packed as int8 or int4, and meet activations that are rounded to int8, a scale a row.
 """
 
 import weakref
@@ -12,53 +13,74 @@ import torch.nn.functional as F
 
 from fastlm import dispatch, native
 from fastlm.gpt2 import GPT2
+from fastlm.quantised import GROUP, head_kind, quantise
 
 PANEL = 16  # csrc/cpu/panel.h, kPanel
 KINDS = {torch.float32: "fp32", torch.bfloat16: "bf16"}  # how a model's weights are packed
-_NUMBERS = {"fp32": 0, "bf16": 1, "int8": 2}  # csrc/fastlm.h, Weights
+ROWS = 2048  # most new tokens of one call: what it works on takes 27 KB a row at C = 768
+_NUMBERS = {"fp32": 0, "bf16": 1, "int8": 2, "int4": 3}  # csrc/fastlm.h, Weights
 _GROUPS = {"fp32": 1, "bf16": 2, "int8": 4}
 _packed = weakref.WeakKeyDictionary()  # model → (state of its parameters, Packed)
 
 
 def why_not(model):
-    """None where the engine can decode for a model, else a sentence."""
+    """None where the engine can run a model, else a sentence."""
     if model.device.type != "cpu":
-        return f"the decode engine runs on the CPU, the model is on {model.device}"
+        return f"the engine runs on the CPU, the model is on {model.device}"
     if (reason := dispatch.machine_why_not("cpu")) is not None:
         return reason
     if (forced := dispatch.forced("decode_attention")) is not None:
-        return f"the backend {forced} is forced: the model's own ops decode"
+        return f"the backend {forced} is forced: the model's own ops run"
     if model.dtype not in KINDS or any(p.dtype != model.dtype for p in model.parameters()):
-        return f"the decode engine takes float32 and bfloat16, the model is {model.dtype}"
+        return f"the engine takes float32 and bfloat16, the model is {model.dtype}"
     if type(model) is not GPT2 or any(module._forward_hooks or module._forward_pre_hooks for module in model.modules()):
         return "the model is not plain: a class of its own, or hooks that the engine would not call"
     return None
 
 
 class Engine:
-    """Decodes for a model over a KVCache, which it fills as the model would."""
+    """Runs a model over a KVCache, which it fills as the model would; the cache must not be replaced meanwhile."""
 
     def __init__(self, model, cache):
-        B, V = len(cache.lengths), model.config.vocab_size
         self._weights, self._cache, self._model = packed(model), cache, model
-        self._logits = torch.zeros(B, -(-V // (2 * PANEL)) * 2 * PANEL)
-        pages = zip(cache.k_pages, cache.v_pages)
+        self._logits = self._room(len(cache.lengths))
         addresses = [[*norms, k.data_ptr(), v.data_ptr(), *matrices]
-                     for (norms, matrices), (k, v) in zip(self._weights.addresses, pages)]
+                     for (norms, matrices), k, v in zip(self._weights.addresses, cache.k_pages, cache.v_pages)]
         self._layers = torch.tensor(addresses, dtype=torch.int64)  # (L, 22)
 
-    def __call__(self, new, counts):
-        """Logits (B, V) fp32, valid until the next call, behind new (B,) int64; a row whose count (B,) is 0 waits."""
+    def __call__(self, tokens, counts):
+        """Logits (B, V) fp32 behind the last of counts (B,) int32 tokens (B, T) int64, valid until the next call.
+
+        A row whose count is 0 waits. Ids, counts and the room in the cache are the caller's to check.
+        """
+        T = max(1, ROWS // len(tokens))
+        for part in tokens.split(T, dim=1):
+            now = counts.clamp(max=part.shape[1])
+            self._step(part.contiguous(), now, self._logits, every=False)
+            counts = counts - now
+        return self._logits[:, : self._model.config.vocab_size]
+
+    def every(self, tokens):
+        """Logits (B, T, V) fp32 behind every one of tokens (B, T)."""
+        (B, T), V = tokens.shape, self._model.config.vocab_size
+        logits = self._room(B * T)
+        self._step(tokens.contiguous(), torch.full((B,), T, dtype=torch.int32), logits, every=True)
+        return logits[:, :V].view(B, T, V)
+
+    def _room(self, rows):
+        return torch.zeros(rows, -(-self._model.config.vocab_size // (2 * PANEL)) * 2 * PANEL)
+
+    def _step(self, tokens, counts, logits, *, every):
         weights, cache, config = self._weights, self._cache, self._model.config
         parts = self._model.transformer
         native.cpu.gpt2_step(
-            self._logits, self._layers, weights.head, weights.ln_f, parts["wte"].weight, parts["wpe"].weight,
-            new[:, None], cache.lengths, counts, cache.block_table, H=config.n_head, D=config.n_embd // config.n_head,
-            inner=config.n_inner or 4 * config.n_embd, page=cache.k_pages[0].shape[1],
-            epsilon=config.layer_norm_epsilon, weights=_NUMBERS[weights.kind], head_weights=_NUMBERS[weights.kind],
+            logits, self._layers, weights.head, weights.ln_f, parts["wte"].weight, parts["wpe"].weight, tokens,
+            cache.lengths, counts, cache.block_table, H=config.n_head, D=config.n_embd // config.n_head,
+            inner=config.n_inner or 4 * config.n_embd, page=cache.k_pages[0].shape[1], every=int(every),
+            epsilon=config.layer_norm_epsilon, weights=_NUMBERS[weights.kind],
+            head_weights=_NUMBERS[head_kind(weights.kind)],
         )
-        cache.lengths += counts
-        return self._logits[:, : config.vocab_size]
+        cache.advance(counts)
 
 
 class Packed:
@@ -68,16 +90,18 @@ class Packed:
         self.kind, self._kept = kind, []
         parts = model.transformer
         self.addresses = [self._layer(block, kind) for block in parts["h"]]
-        self.ln_f = [self._keep(parameter.detach().float()) for parameter in (parts["ln_f"].weight, parts["ln_f"].bias)]
-        self.head = pack(parts["wte"].weight.detach().T, kind)
+        self.ln_f = [self._keep(p.detach().float()) for p in (parts["ln_f"].weight, parts["ln_f"].bias)]
+        self.head = pack(parts["wte"].weight.detach().T, head_kind(kind))
 
     def _layer(self, block, kind):
-        norms = [self._keep(p.detach().float()).data_ptr() for ln in (block.ln_1, block.ln_2) for p in (ln.weight, ln.bias)]
+        norms = [self._keep(parameter.detach().float()).data_ptr()
+                 for ln in (block.ln_1, block.ln_2) for parameter in (ln.weight, ln.bias)]
         matrices = []
         for linear in (block.attn.c_attn, block.attn.c_proj, block.mlp.c_fc, block.mlp.c_proj):
             panels, scale, sums = pack(linear.weight.detach(), kind)
             bias = F.pad(linear.bias.detach().float(), (0, -len(linear.bias) % PANEL))
-            matrices += [0 if tensor is None else self._keep(tensor).data_ptr() for tensor in (panels, bias, scale, sums)]
+            matrices += [0 if tensor is None else self._keep(tensor).data_ptr()
+                         for tensor in (panels, bias, scale, sums)]
         return norms, matrices
 
     def _keep(self, tensor):
@@ -87,22 +111,38 @@ class Packed:
 
 def packed(model):
     """The Packed weights of a model, made anew when a parameter has changed."""
-    state = [(p.data_ptr(), 0 if p.is_inference() else p._version) for p in model.parameters()]
+    state = [model.quantised, *((p.data_ptr(), 0 if p.is_inference() else p._version) for p in model.parameters())]
     found = _packed.get(model)
     if found is None or found[0] != state:
-        found = _packed[model] = state, Packed(model, KINDS[model.dtype])
+        found = _packed[model] = state, Packed(model, model.quantised or KINDS[model.dtype])
     return found[1]
 
 
 def pack(w, kind):
     """(panels, scale, sums) of w (K, N): int8 has a scale an output, fp32 (N,), and sums over K, int32 (N,)."""
-    (K, N), group = w.shape, _GROUPS[kind]
-    w = F.pad(w, (0, -N % PANEL, 0, -K % group))
+    if kind == "int4":
+        return _int4(w), None, None
     scale = sums = None
     if kind == "int8":
-        w = w.float()
-        scale = w.abs().amax(0) / 127
-        w = torch.round(w / scale.clamp(min=torch.finfo(torch.float32).tiny)).to(torch.int8)
+        w, scale = quantise(w, kind)
+        scale = F.pad(scale, (0, -len(scale) % PANEL))
+    (K, N), group = w.shape, _GROUPS[kind]
+    w = F.pad(w, (0, -N % PANEL, 0, -K % group))
+    if kind == "int8":
         sums = w.sum(0, dtype=torch.int32)
-    panels = w.view(w.shape[0] // group, group, -1, PANEL).permute(2, 0, 3, 1).contiguous()
-    return panels, scale, sums
+    return w.view(-1, group, w.shape[1] // PANEL, PANEL).permute(2, 0, 3, 1).contiguous(), scale, sums
+
+
+def _int4(w):
+    """Panels (N/16, K/64, 576) uint8: of a group the 16 scales, fp32, then 8 steps of 16 outputs by 8 k, a half byte
+    each: k = 0 … 3 in the low halves of an output's 4 bytes, 4 … 7 in the high ones.
+    """
+    q, scale = quantise(w, "int4")
+    K, N = q.shape
+    q = F.pad(q, (0, -N % PANEL, 0, -K % GROUP)) + 8  # 0 … 15
+    scale = F.pad(scale, (0, -N % PANEL))
+    groups, panels = len(scale), scale.shape[1] // PANEL
+    q = q.view(groups, 8, 2, 4, panels, PANEL).permute(4, 0, 1, 5, 2, 3).to(torch.uint8)  # (…, 8 steps, 16, 2, 4)
+    bytes = (q[..., 0, :] | q[..., 1, :] << 4).reshape(panels, groups, 512)
+    scale = scale.view(groups, panels, PANEL).transpose(0, 1).contiguous().view(torch.uint8)  # (panels, groups, 64)
+    return torch.cat([scale, bytes], 2)

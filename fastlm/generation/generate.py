@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 
 from fastlm import dispatch
-from fastlm.generation import engine
 from fastlm.generation.cache import KVCache
+from fastlm.generation.engine import Engine, why_not
 from fastlm.generation.sampling import check_sampling, choose, uniforms
 from fastlm.generation.step import ENDED, Step
 
@@ -72,13 +72,14 @@ def _run(model, prompts, room, n, draw, seed, stop):
     capacity = max(len(prompt) + count for prompt, count in zip(prompts, room))
     with _evaluating(model):
         cache = KVCache(model.config, len(prompts), capacity, device=model.device, dtype=model.dtype)
-        logits = _prefill(model, prompts, cache).repeat_interleave(n, 0)  # (P · n, V)
+        runs = Engine(model, cache) if why_not(model) is None else None
+        logits = _prefill(model, prompts, cache, runs).repeat_interleave(n, 0)  # (P · n, V)
         if n > 1:
             cache.repeat(n)
+            runs = runs and Engine(model, cache)
         uniform = uniforms(seed, len(prompts), n, max(left), model.device)
         captured = model.device.type == "cuda" and max(left) >= WORTH_CAPTURING
-        decoder = None if engine.why_not(model) else engine.Engine(model, cache)
-        step = Step(model, cache, draw, uniform, stop, captured=captured, engine=decoder)
+        step = Step(model, cache, draw, uniform, stop, captured=captured, engine=runs)
         ids = step.first(logits, left)
     while True:
         left = [0 if token in (stop, ENDED) else count - 1 for token, count in zip(ids, left)]
@@ -89,11 +90,13 @@ def _run(model, prompts, room, n, draw, seed, stop):
             ids = step()
 
 
-def _prefill(model, prompts, cache):
+def _prefill(model, prompts, cache, engine):
     """The logits (P, V) behind each prompt, all computed in one batch, right-padded; fills the cache."""
     lengths = torch.tensor([len(prompt) for prompt in prompts], dtype=torch.int32, device=model.device)
     T = max(len(prompt) for prompt in prompts)
     padded = torch.stack([F.pad(prompt.to(model.device), (0, T - len(prompt))) for prompt in prompts])
+    if engine is not None:
+        return engine(padded, lengths)
     positions = cache.begin(lengths, T)
     hidden = model.hidden(padded, positions=positions, cache=cache)  # (P, T, C)
     cache.end()

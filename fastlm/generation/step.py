@@ -42,7 +42,7 @@ class Step:
     def _decode(self):
         model = self._model
         if self._engine is not None:
-            self._next(self._engine(self._new, self._left.clamp(max=1)))
+            self._next(self._engine(self._new[:, None], self._left.clamp(max=1)))
             return
         last = model.config.n_positions - 1  # an ended row may be full
         positions = self._cache.begin(self._left.clamp(max=1), 1).clamp(max=last)
