@@ -221,7 +221,7 @@ def test_prompts(model, dtype, monkeypatch):
     with torch.inference_mode():
         wanted = torch.stack([model.double()(row[None, :n])[0][0, -1] for row, n in zip(tokens, counts)])
         model.to(dtype)
-        for rows in (engine.ROWS, 24):
+        for rows in (engine.ROWS, 24, 1):
             monkeypatch.setattr(engine, "ROWS", rows)
             cache = KVCache(model.config, 3, 40, device="cpu", dtype=dtype, page=16)
             got = engine.Engine(model, cache)(tokens, counts)

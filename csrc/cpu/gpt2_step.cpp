@@ -208,128 +208,225 @@ void product(Walk& walk, Weights weights, const Packed& packed, const Acts& acts
 
 // ---- the step
 
-// A new token: its sequence and its position.
-struct Row {
-  int64_t b, position;
-};
-
-Packed packed_at(const int64_t*& p, int64_t K, int64_t N) {
-  Packed packed{reinterpret_cast<const char*>(p[0]), reinterpret_cast<const float*>(p[1]),
-                reinterpret_cast<const float*>(p[2]), reinterpret_cast<const int32_t*>(p[3]), K, N};
-  p += 4;
-  return packed;
-}
+// A prompt of as many tokens or more is attended to in tiles.
+constexpr int64_t kPrompt = 16;
 
 template <class T>
-void step(const Gpt2Step& op, int threads) {
-  const int64_t C = op.H * op.D, F = op.inner;
-  std::vector<Row> rows;
-  std::vector<int64_t> lasts;  // the rows whose logits are wanted,
-  std::vector<int64_t> ends;   // and where they go
-  std::vector<int64_t> tokens;
-  for (int64_t b = 0; b < op.B; b++)
-    for (int64_t t = 0; t < op.counts[b]; t++) {
-      if (op.every || t + 1 == op.counts[b]) {
-        lasts.push_back(int64_t(rows.size()));
-        ends.push_back(op.every ? int64_t(rows.size()) : b);
+class Step {
+ public:
+  Step(const Gpt2Step& op, int threads)
+      : op_(op), threads_(threads), C_(op.H * op.D), F_(op.inner), Cp_(up(C_, 2 * kPanel)),
+        Qp_(up(3 * C_, 2 * kPanel)), Fp_(up(F_, 2 * kPanel)), Vp_(up(op.V, 2 * kPanel)),
+        widest_(std::max(Cp_, Fp_)), phases_(op.L * 12 + 4, threads) {
+    for (int64_t b = 0; b < op.B; b++) {
+      if (op.counts[b] >= kPrompt && !op.positions[b]) prompts_.push_back({int64_t(rows_.size()), op.counts[b]});
+      for (int64_t t = 0; t < op.counts[b]; t++) {
+        const int64_t row = int64_t(rows_.size());
+        if (op.every || t + 1 == op.counts[b]) wanted_.push_back(row), places_.push_back(op.every ? row : b);
+        rows_.push_back({b, op.positions[b] + t, op.tokens[b * op.T + t], op.counts[b] >= kPrompt && !op.positions[b]});
       }
-      rows.push_back({b, op.positions[b] + t});
-      tokens.push_back(op.tokens[b * op.T + t]);
     }
-  const int64_t M = int64_t(rows.size()), E = int64_t(lasts.size());
-  if (!M) return;
-  const int64_t Cp = up(C, 2 * kPanel), Qp = up(3 * C, 2 * kPanel), Fp = up(F, 2 * kPanel), Vp = up(op.V, 2 * kPanel);
-  const int64_t widest = std::max(Cp, Fp);
-  std::vector<float> floats(M * (2 * Cp + Qp + Fp) + 2 * M + 64);
-  float* x = floats.data();                               // (M, Cp) residual
-  float *qkv = x + M * Cp, *o = qkv + M * Qp, *f = o + M * Cp, *row_scales = f + M * Fp;
-  std::vector<char> act_bytes(M * widest * 4 + 64);  // as wide as fp32, so that a group of k ends inside
-  const Acts acts{act_bytes.data(), row_scales, widest * 4};
-  const bool scattered = !op.every && E < op.B;  // some sequences wait
-  std::vector<float> apart(scattered ? E * Vp : 0);
-  float* logits = scattered ? apart.data() : op.logits;
-  const T *wte = static_cast<const T*>(op.wte), *wpe = static_cast<const T*>(op.wpe);
-  const float scale = 1.0f / std::sqrt(float(op.D));
-  Phases phases(op.L * 12 + 4, threads);
-
-#pragma omp parallel num_threads(threads)
-  {
-    Walk walk(phases, omp_get_thread_num());
-    thread_local std::vector<float> kept;
-    kept.resize(widest + 4 * up(op.D, kLanes));
-    float* normed = kept.data();
-
-    walk.run(M, [&](int64_t m) {
-      const T *token = wte + tokens[m] * C, *place = wpe + rows[m].position * C;
-      for (int64_t c = 0; c < C; c++) x[m * Cp + c] = to_float(token[c]) + to_float(place[c]);
-    });
-    const int64_t* p = op.layers;
-    for (int64_t layer = 0; layer < op.L; layer++) {
-      const float *ln_1_w = reinterpret_cast<const float*>(p[0]), *ln_1_b = reinterpret_cast<const float*>(p[1]);
-      const float *ln_2_w = reinterpret_cast<const float*>(p[2]), *ln_2_b = reinterpret_cast<const float*>(p[3]);
-      T *k_pages = reinterpret_cast<T*>(p[4]), *v_pages = reinterpret_cast<T*>(p[5]);
-      p += 6;
-      const Packed qkv_w = packed_at(p, C, 3 * C), proj_w = packed_at(p, C, C);
-      const Packed up_w = packed_at(p, C, F), down_w = packed_at(p, F, C);
-
-      walk.run(M, [&](int64_t m) {
-        normalise(normed, x + m * Cp, ln_1_w, ln_1_b, C, op.epsilon);
-        write_row(acts, op.weights, m, normed, C);
-      });
-      product(walk, op.weights, qkv_w, acts, M, {qkv, Qp, Then::store}, threads);
-      walk.run(M, [&](int64_t m) {  // appends k and v
-        const Row row = rows[m];
-        const int64_t page = op.block_table[row.b * op.max_pages + row.position / op.page];
-        const int64_t at = (page * op.page + row.position % op.page) * C;
-        for (int64_t c = 0; c < C; c++) {
-          k_pages[at + c] = from_float<T>(qkv[m * Qp + C + c]);
-          v_pages[at + c] = from_float<T>(qkv[m * Qp + 2 * C + c]);
-        }
-      });
-      walk.run(M * op.H, [&](int64_t mh) {
-        const int64_t m = mh / op.H, h = mh % op.H, length = rows[m].position + 1, Dp = up(op.D, kLanes);
-        float *q = kept.data() + widest, *sums = q + Dp;
-        std::fill(q, q + 2 * Dp, 0.0f);
-        for (int64_t d = 0; d < op.D; d++) q[d] = qkv[m * Qp + h * op.D + d] * scale;
-        Running state;
-        const int32_t* table = op.block_table + rows[m].b * op.max_pages;
-        for (int64_t s0 = 0; s0 < length;) {
-          const int64_t slot = s0 % op.page, run = std::min({kRun, op.page - slot, length - s0});
-          const int64_t at = (table[s0 / op.page] * op.page + slot) * C + h * op.D;
-          float scores[kRun];
-          for (int64_t j = 0; j < run; j++) scores[j] = dot(q, k_pages + at + j * C, op.D);
-          take(state, sums, scores, run, v_pages + at, C, op.D);
-          s0 += run;
-        }
-        for (int64_t d = 0; d < op.D; d++) o[m * Cp + h * op.D + d] = sums[d] / state.l;
-      });
-      walk.run(M, [&](int64_t m) { write_row(acts, op.weights, m, o + m * Cp, C); });
-      product(walk, op.weights, proj_w, acts, M, {x, Cp, Then::add}, threads);
-      walk.run(M, [&](int64_t m) {
-        normalise(normed, x + m * Cp, ln_2_w, ln_2_b, C, op.epsilon);
-        write_row(acts, op.weights, m, normed, C);
-      });
-      product(walk, op.weights, up_w, acts, M, {f, Fp, Then::gelu}, threads);
-      walk.run(M, [&](int64_t m) { write_row(acts, op.weights, m, f + m * Fp, F); });
-      product(walk, op.weights, down_w, acts, M, {x, Cp, Then::add}, threads);
-    }
-    walk.run(E, [&](int64_t e) {
-      normalise(normed, x + lasts[e] * Cp, op.ln_f_w, op.ln_f_b, C, op.epsilon);
-      write_row(acts, op.head_weights, e, normed, C);
-    });
-    const Packed head{op.head, nullptr, op.head_scale, op.head_sums, C, op.V};
-    product(walk, op.head_weights, head, acts, E, {logits, Vp, Then::store}, threads);
+    M_ = int64_t(rows_.size()), E_ = int64_t(wanted_.size());
   }
-  for (int64_t e = 0; e < (scattered ? E : 0); e++) std::copy_n(logits + e * Vp, Vp, op.logits + ends[e] * Vp);
-}
+
+  void run() {
+    if (!M_) return;
+    floats_.resize(M_ * (2 * Cp_ + Qp_ + Fp_) + 2 * M_);
+    x_ = floats_.data(), qkv_ = x_ + M_ * Cp_, o_ = qkv_ + M_ * Qp_, f_ = o_ + M_ * Cp_;
+    act_bytes_.resize(M_ * widest_ * 4);  // as wide as fp32, so that a group of k ends inside
+    acts_ = {act_bytes_.data(), f_ + M_ * Fp_, widest_ * 4};
+    const bool scattered = !op_.every && E_ < op_.B;  // some sequences wait
+    std::vector<float> apart(scattered ? E_ * Vp_ : 0);
+    float* logits = scattered ? apart.data() : op_.logits;
+
+    if (prompts_.empty()) {  // one region: its start would show in every token
+      in_team([&](Walk& walk) {
+        embed(walk);
+        for (int64_t layer = 0; layer < op_.L; layer++) {
+          before_attention(walk, layer);
+          attend(walk, layer);
+          after_attention(walk, layer);
+        }
+        head(walk, logits);
+      });
+    } else {  // the tiled attention has a team of its own
+      in_team([&](Walk& walk) { embed(walk); });
+      for (int64_t layer = 0; layer < op_.L; layer++) {
+        in_team([&](Walk& walk) {
+          before_attention(walk, layer);
+          attend(walk, layer);
+        });
+        attend_to_prompts();
+        in_team([&](Walk& walk) { after_attention(walk, layer); });
+      }
+      in_team([&](Walk& walk) { head(walk, logits); });
+    }
+    for (int64_t e = 0; e < (scattered ? E_ : 0); e++)
+      std::copy_n(logits + e * Vp_, Vp_, op_.logits + places_[e] * Vp_);
+  }
+
+ private:
+  // A new token: its sequence, its position, its id, and whether its attention comes in tiles.
+  struct Row {
+    int64_t b, position, token;
+    bool tiled;
+  };
+  // A whole new sequence: its first row, and how many it has.
+  struct Prompt {
+    int64_t row, count;
+  };
+  struct Layer {
+    const float *ln_1_w, *ln_1_b, *ln_2_w, *ln_2_b;
+    T *k_pages, *v_pages;
+    Packed qkv, proj, up, down;
+  };
+
+  template <class Body>
+  void in_team(Body&& body) {
+    const int64_t done = phases_done_;
+#pragma omp parallel num_threads(threads_)
+    {
+      Walk walk(phases_, omp_get_thread_num(), done);
+      body(walk);
+#pragma omp single nowait
+      phases_done_ = walk.phase();
+    }
+  }
+
+  // A thread's scratch: a row of activations, then a query and its sum.
+  float* scratch() const {
+    thread_local std::vector<float> kept;
+    if (int64_t(kept.size()) < widest_ + 2 * up(op_.D, kLanes)) kept.resize(widest_ + 2 * up(op_.D, kLanes));
+    return kept.data();
+  }
+
+  Layer layer_at(int64_t layer) const {
+    const int64_t* p = op_.layers + layer * 22;
+    const auto floats = [&](int i) { return reinterpret_cast<const float*>(p[i]); };
+    const auto packed = [&](int i, int64_t K, int64_t N) {
+      return Packed{reinterpret_cast<const char*>(p[i]), floats(i + 1), floats(i + 2),
+                    reinterpret_cast<const int32_t*>(p[i + 3]), K, N};
+    };
+    return {floats(0), floats(1), floats(2), floats(3), reinterpret_cast<T*>(p[4]), reinterpret_cast<T*>(p[5]),
+            packed(6, C_, 3 * C_), packed(10, C_, C_), packed(14, C_, F_), packed(18, F_, C_)};
+  }
+
+  void embed(Walk& walk) {
+    const T *wte = static_cast<const T*>(op_.wte), *wpe = static_cast<const T*>(op_.wpe);
+    walk.run(M_, [&](int64_t m) {
+      const T *token = wte + rows_[m].token * C_, *place = wpe + rows_[m].position * C_;
+      for (int64_t c = 0; c < C_; c++) x_[m * Cp_ + c] = to_float(token[c]) + to_float(place[c]);
+    });
+  }
+
+  void normalise_rows(Walk& walk, const float* w, const float* b) {
+    walk.run(M_, [&](int64_t m) {
+      float* normed = scratch();
+      normalise(normed, x_ + m * Cp_, w, b, C_, op_.epsilon);
+      write_row(acts_, op_.weights, m, normed, C_);
+    });
+  }
+
+  // qkv of every row; its k and v are appended.
+  void before_attention(Walk& walk, int64_t number) {
+    const Layer layer = layer_at(number);
+    normalise_rows(walk, layer.ln_1_w, layer.ln_1_b);
+    product(walk, op_.weights, layer.qkv, acts_, M_, {qkv_, Qp_, Then::store}, threads_);
+    walk.run(M_, [&](int64_t m) {
+      const Row& row = rows_[m];
+      const int64_t page = op_.block_table[row.b * op_.max_pages + row.position / op_.page];
+      const int64_t at = (page * op_.page + row.position % op_.page) * C_;
+      for (int64_t c = 0; c < C_; c++) {
+        layer.k_pages[at + c] = from_float<T>(qkv_[m * Qp_ + C_ + c]);
+        layer.v_pages[at + c] = from_float<T>(qkv_[m * Qp_ + 2 * C_ + c]);
+      }
+    });
+  }
+
+  // o of the rows that are no prompt's, over the pages.
+  void attend(Walk& walk, int64_t number) {
+    const Layer layer = layer_at(number);
+    const float scale = 1.0f / std::sqrt(float(op_.D));
+    const int64_t Dp = up(op_.D, kLanes);
+    walk.run(M_ * op_.H, [&](int64_t mh) {
+      const int64_t m = mh / op_.H, h = mh % op_.H, length = rows_[m].position + 1;
+      if (rows_[m].tiled) return;
+      float *q = scratch() + widest_, *sums = q + Dp;
+      std::fill(q, q + 2 * Dp, 0.0f);
+      for (int64_t d = 0; d < op_.D; d++) q[d] = qkv_[m * Qp_ + h * op_.D + d] * scale;
+      Running state;
+      const int32_t* table = op_.block_table + rows_[m].b * op_.max_pages;
+      for (int64_t s0 = 0; s0 < length;) {
+        const int64_t slot = s0 % op_.page, run = std::min({kRun, op_.page - slot, length - s0});
+        const int64_t at = (table[s0 / op_.page] * op_.page + slot) * C_ + h * op_.D;
+        float scores[kRun];
+        for (int64_t j = 0; j < run; j++) scores[j] = dot(q, layer.k_pages + at + j * C_, op_.D);
+        take(state, sums, scores, run, layer.v_pages + at, C_, op_.D);
+        s0 += run;
+      }
+      for (int64_t d = 0; d < op_.D; d++) o_[m * Cp_ + h * op_.D + d] = sums[d] / state.l;
+    });
+  }
+
+  // o of whole prompts, from qkv.
+  void attend_to_prompts() {
+    for (const Prompt& prompt : prompts_) {
+      lse_.resize(op_.H * prompt.count);
+      float *qkv = qkv_ + prompt.row * Qp_, *o = o_ + prompt.row * Cp_;
+      AttentionFwd op{};
+      op.o = o, op.stride_ot = Cp_, op.stride_oh = op_.D, op.lse = lse_.data();
+      op.q = qkv, op.stride_qt = Qp_, op.stride_qh = op_.D;
+      op.k = qkv + C_, op.stride_ks = Qp_, op.stride_kh = op_.D;
+      op.v = qkv + 2 * C_, op.stride_vs = Qp_, op.stride_vh = op_.D;
+      op.B = 1, op.T = op.S = prompt.count, op.H = op_.H, op.D = op_.D;
+      op.causal = kBottomRight, op.scale = 1.0f / std::sqrt(float(op_.D)), op.dtype = DType::f32;
+      attention_fwd(op, threads_);
+    }
+  }
+
+  // The output's projection and the MLP, added to the residual.
+  void after_attention(Walk& walk, int64_t number) {
+    const Layer layer = layer_at(number);
+    walk.run(M_, [&](int64_t m) { write_row(acts_, op_.weights, m, o_ + m * Cp_, C_); });
+    product(walk, op_.weights, layer.proj, acts_, M_, {x_, Cp_, Then::add}, threads_);
+    normalise_rows(walk, layer.ln_2_w, layer.ln_2_b);
+    product(walk, op_.weights, layer.up, acts_, M_, {f_, Fp_, Then::gelu}, threads_);
+    walk.run(M_, [&](int64_t m) { write_row(acts_, op_.weights, m, f_ + m * Fp_, F_); });
+    product(walk, op_.weights, layer.down, acts_, M_, {x_, Cp_, Then::add}, threads_);
+  }
+
+  void head(Walk& walk, float* logits) {
+    walk.run(E_, [&](int64_t e) {
+      float* normed = scratch();
+      normalise(normed, x_ + wanted_[e] * Cp_, op_.ln_f_w, op_.ln_f_b, C_, op_.epsilon);
+      write_row(acts_, op_.head_weights, e, normed, C_);
+    });
+    const Packed packed{op_.head, nullptr, op_.head_scale, op_.head_sums, C_, op_.V};
+    product(walk, op_.head_weights, packed, acts_, E_, {logits, Vp_, Then::store}, threads_);
+  }
+
+  const Gpt2Step& op_;
+  const int threads_;
+  const int64_t C_, F_, Cp_, Qp_, Fp_, Vp_, widest_;  // …p: rounded up to two panels
+  Phases phases_;
+  int64_t phases_done_ = 0;
+  std::vector<Row> rows_;
+  std::vector<Prompt> prompts_;
+  std::vector<int64_t> wanted_, places_;  // the rows whose logits are wanted, and where they go
+  int64_t M_ = 0, E_ = 0;                 // how many rows, how many of them wanted
+  std::vector<float> floats_, lse_;
+  std::vector<char> act_bytes_;
+  float *x_ = nullptr, *qkv_ = nullptr, *o_ = nullptr, *f_ = nullptr;  // (M, Cp) residual, (M, Qp), (M, Cp), (M, Fp)
+  Acts acts_{};
+};
 
 }  // namespace
 
 void gpt2_step(const Gpt2Step& op, int threads) {
   switch (op.dtype) {
-    case DType::f32: return step<float>(op, threads);
-    case DType::bf16: return step<Bf16>(op, threads);
-    case DType::f16: return step<Fp16>(op, threads);
+    case DType::f32: return Step<float>(op, threads).run();
+    case DType::bf16: return Step<Bf16>(op, threads).run();
+    case DType::f16: return Step<Fp16>(op, threads).run();
   }
 }
 

@@ -30,10 +30,15 @@ class Phases {
   std::vector<Counter> counters_;
 };
 
-// One thread's walk through the phases: every thread calls `run` for the same ones in the same order.
+// One thread's walk through the phases, from one on: every thread calls `run` for the same ones in the same order.
 class Walk {
  public:
-  Walk(Phases& phases, int thread) : counters_(phases.counters_.data()), runs_(phases.runs_), thread_(thread) {}
+  Walk(Phases& phases, int thread, int64_t phase)
+      : counters_(phases.counters_.data() + phase * (phases.runs_ + 1)), runs_(phases.runs_), thread_(thread),
+        phase_(phase) {}
+
+  // The phase that comes next.
+  int64_t phase() const { return phase_; }
 
   template <class Body>
   void run(int64_t chunks, Body&& body) {
@@ -58,11 +63,13 @@ class Walk {
 #endif
     }
     counters_ += runs_ + 1;
+    phase_++;
   }
 
  private:
   Phases::Counter* counters_;
   int runs_, thread_;
+  int64_t phase_;
 };
 
 }  // namespace fastlm::cpu

@@ -53,25 +53,28 @@ class Engine:
 
         A row whose count is 0 waits. Ids, counts and the room in the cache are the caller's to check.
         """
-        T = max(1, ROWS // len(tokens))
-        for part in tokens.split(T, dim=1):
-            now = counts.clamp(max=part.shape[1])
-            self._step(part.contiguous(), now, self._logits, every=False)
-            counts = counts - now
+        taken = 0
+        while taken < len(tokens):  # as many sequences at once as ROWS allows, one at least
+            rows = counts[taken:].cumsum(0)
+            many = max(1, int((rows <= ROWS).sum()))
+            now = torch.zeros_like(counts)
+            now[taken : taken + many] = counts[taken : taken + many]
+            self._step(tokens, now, self._logits, every=False)
+            taken += many
         return self._logits[:, : self._model.config.vocab_size]
 
     def every(self, tokens):
         """Logits (B, T, V) fp32 behind every one of tokens (B, T)."""
         (B, T), V = tokens.shape, self._model.config.vocab_size
         logits = self._room(B * T)
-        self._step(tokens.contiguous(), torch.full((B,), T, dtype=torch.int32), logits, every=True)
+        self._step(tokens, torch.full((B,), T, dtype=torch.int32), logits, every=True)
         return logits[:, :V].view(B, T, V)
 
     def _room(self, rows):
         return torch.zeros(rows, -(-self._model.config.vocab_size // (2 * PANEL)) * 2 * PANEL)
 
     def _step(self, tokens, counts, logits, *, every):
-        weights, cache, config = self._weights, self._cache, self._model.config
+        weights, cache, config, tokens = self._weights, self._cache, self._model.config, tokens.contiguous()
         parts = self._model.transformer
         native.cpu.gpt2_step(
             logits, self._layers, weights.head, weights.ln_f, parts["wte"].weight, parts["wpe"].weight, tokens,
