@@ -2,6 +2,9 @@
 
     prefill    the time of the first new token        roof: the products' FLOPs
     decode     the mean time of each further step     roof: weights and cache read once a step
+
+int8 and int4 are widths of the weights (fastlm.quantised), on a CPU; their error is that of the logits against fp64 of
+the same weights, over 5 %.
 """
 
 import copy
@@ -12,9 +15,11 @@ from pathlib import Path
 
 import torch
 
-from fastlm.generation import stream_tokens
+from fastlm.generation import KVCache, stream_tokens
+from fastlm.generation.engine import Engine, why_not
 from fastlm.measure.clock import Times, race
 from fastlm.numerics import DTYPES, norm_ratio
+from fastlm.quantised import quantise_
 
 from .harness import absent_rows, figures, refusal, row_of
 from .peers import peers
@@ -24,6 +29,7 @@ SHAPES = {
     "cpu": [{"B": B, "T": T, "N": N, **MODEL} for B, T, N in ((1, 32, 32), (8, 32, 16), (1, 512, 8))],
     "cuda": [{"B": B, "T": 512, "N": 128, **MODEL} for B in (1, 8, 64, 256, 1024)],
 }
+WIDTHS = {**DTYPES, "int8": torch.float32, "int4": torch.float32}  # and the dtype of what is no weight
 
 
 def cases(shape, dtype, device):
@@ -40,16 +46,21 @@ class Generate(Program):
     @property
     def memory(self):
         B, T, N, L, _, C, V = self.shape.values()
-        size = DTYPES[self.dtype].itemsize
+        size = WIDTHS[self.dtype].itemsize
         cache = 2 * B * (T + N) * L * C * size
         return weights(self.shape) * (2 * 4 + 2 * size + 8) + 3 * cache + B * T * (16 * C + V) * 4
 
     def run(self, device, roofs, *, seconds=1.0, cold=True):
         B, T, N, L, _, C, V = self.shape.values()
-        dtype = DTYPES[self.dtype]
+        dtype, quantised = WIDTHS[self.dtype], self.dtype not in DTYPES
         ours, theirs = pair(self.shape, T + N, device)
+        if quantised:
+            quantise_(ours, self.dtype)
         tokens = torch.randint(V, (B, T), generator=torch.Generator().manual_seed(1)).to(device)
-        error = self._error(ours, theirs, tokens[:1], dtype)
+        if quantised:
+            error = _quantised_error(ours.eval(), tokens[:1])
+        else:
+            error = self._error(ours, theirs, tokens[:1], dtype)
         ours = ours.to(dtype).eval()
         with tempfile.TemporaryDirectory() as folder:
             makers, missing = self._peers(theirs, tokens, device, Path(folder))
@@ -76,11 +87,12 @@ class Generate(Program):
                     raise AssertionError(f"{name} wrote {len(got[0]) - T} tokens, wanted {N}")
                 racing |= {(name, n): [lambda write=write, n=n: write(n)] for n in (1, N)}
             times = race(racing, device=device, seconds=seconds, rounds=(3, 30))
-        prefill = roofs.floor(bytes=weights(self.shape) * dtype.itemsize, dtype=self.dtype, traffic="read",
+        weight_bytes, fastest = self._weight_bytes(), "bf16" if quantised else self.dtype
+        prefill = roofs.floor(bytes=weight_bytes, dtype=fastest, traffic="read",
                               flops=2 * B * (T * (weights(self.shape) - V * C) + V * C + L * C * T * T))
-        step_bytes = (weights(self.shape) + B * L * 2 * C * (T + N / 2)) * dtype.itemsize
+        step_bytes = weight_bytes + B * L * 2 * C * (T + N / 2) * dtype.itemsize
         floors = {"prefill": prefill, "decode": roofs.floor(bytes=step_bytes, flops=2 * B * weights(self.shape),
-                                                            dtype=self.dtype, traffic="read")}
+                                                            dtype=fastest, traffic="read")}
         for row in rows:
             if (row["contender"], N) not in times:
                 continue
@@ -95,11 +107,22 @@ class Generate(Program):
         rows += absent_rows(self, "decode", missing, cold=cold)
         return sorted(rows, key=lambda row: row["part"] != "prefill")
 
+    def _weight_bytes(self):
+        """Bytes of the weights that every step reads."""
+        C, V = self.shape["C"], self.shape["V"]
+        layers = weights(self.shape) - V * C
+        if self.dtype == "int4":
+            return layers * 9 / 16 + V * C  # 4.5 bits with the scales; the head is int8
+        return (layers + V * C) * (1 if self.dtype == "int8" else DTYPES[self.dtype].itemsize)
+
     def _peers(self, theirs, tokens, device, folder):
         """({name: function that gives write(n)}, {name: why it does not take part})."""
         if theirs is None:  # the converted peers are made from transformers' model
             return {}, absent()
         known, missing = peers(self.dtype, device)
+        if self.dtype not in DTYPES:  # transformers has no such weights for a CPU
+            return {name: lambda peer=peer: peer(theirs.eval(), tokens, self.shape["N"], folder)
+                    for name, peer in known.items()}, missing
         twins = {name: copy.deepcopy(theirs).to(DTYPES[self.dtype]).eval() for name in _CACHES}
         makers = {name: lambda name=name: _theirs(twins[name], tokens, **_CACHES[name]) for name in _CACHES}
         makers |= {name: lambda peer=peer: peer(theirs.eval(), tokens, self.shape["N"], folder)
@@ -142,6 +165,18 @@ def _theirs(model, tokens, cache=None, compiled=False):
                                   max_new_tokens=n, **options)
 
     return write
+
+
+@torch.inference_mode()
+def _quantised_error(model, tokens):
+    """The logits, the engine's where it runs, against fp64 of the same weights, over 5 % of them."""
+    if why_not(model) is None:
+        cache = KVCache(model.config, *tokens.shape, device="cpu", dtype=model.dtype)
+        got = Engine(model, cache).every(tokens)
+    else:
+        got = model(tokens)[0]
+    truth = copy.deepcopy(model).double()(tokens)[0]
+    return float((got - truth).norm() / truth.norm()) / 0.05
 
 
 def _latencies(model, tokens, N):

@@ -76,12 +76,13 @@ def suite(ops=None, *, device="cpu", shape=None, dtypes=None):
     for op in ops or ():
         if op not in OPS + PROGRAMS:
             raise ValueError(f"no op {op!r} to measure; there are {', '.join(OPS)}, and {', '.join(PROGRAMS)}")
-    for dtype in dtypes or ():
-        if dtype not in DTYPES:
-            raise ValueError(f"no dtype {dtype!r}, wanted {', '.join(DTYPES)}")
     cases = []
     for op in ops or OPS:
         module = importlib.import_module(f".bench_{op}", __package__)
+        widths = getattr(module, "WIDTHS", DTYPES)
+        for dtype in dtypes or ():
+            if dtype not in widths:
+                raise ValueError(f"no dtype {dtype!r}, wanted {', '.join(widths)}")
         usual = module.SHAPES["cuda" if torch.device(device).type == "cuda" else "cpu"]
         for letter, size in (shape or {}).items():
             if letter not in usual[0]:
@@ -90,7 +91,8 @@ def suite(ops=None, *, device="cpu", shape=None, dtypes=None):
                 raise ValueError(f"{op}: size {letter} is {size}, wanted ≥ 1")
         shapes = [{**usual[0], **shape}] if shape else usual
         for sizes in shapes:
-            for dtype in dtypes or ("fp32", "bf16"):
+            narrow = [width for width in widths if width not in DTYPES and torch.device(device).type == "cpu"]
+            for dtype in dtypes or ("fp32", "bf16", *narrow):
                 cases += module.cases(sizes, dtype, device)
     return cases
 

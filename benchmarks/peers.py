@@ -1,6 +1,6 @@
 """Programs that generate from weight files of their own: the same GPT-2, converted on the fly, on the CPU.
 
-    CTranslate2   float32, int8            llama.cpp   f32, f16, bf16, q8_0
+    CTranslate2   float32, int8            llama.cpp   f32, f16, bf16, q8_0, q4_0
 
 A peer is a function (transformers' model, prompts (B, T), most new tokens, folder) → write; write(n) generates n
 tokens greedily after every prompt and returns each prompt with them, B lists of ids.
@@ -17,13 +17,14 @@ INSTALL = "not installed: pip install 'fastlm[peers]'"
 
 
 def peers(dtype, device):
-    """({name: peer}, {name: why it does not take part}) for a model in `dtype`; 8 bit is shown beside bf16."""
+    """({name: peer}, {name: why it does not take part}) for weights of a width, as `dtype` names it."""
     if torch.device(device).type != "cpu":
         return {}, {}
     known = {
         "fp32": {"CTranslate2": _ctranslate2("float32"), "llama.cpp": _llama("f32")},
-        "bf16": {"llama.cpp": _llama("bf16"), "CTranslate2, int8": _ctranslate2("int8"),
-                 "llama.cpp, q8_0": _llama("q8_0")},
+        "bf16": {"llama.cpp": _llama("bf16")},
+        "int8": {"CTranslate2": _ctranslate2("int8"), "llama.cpp, q8_0": _llama("q8_0")},
+        "int4": {"llama.cpp, q4_0": _llama("q4_0")},
         "fp16": {"llama.cpp": _llama("f16")},
     }[dtype]
     needs = {"CTranslate2": ("ctranslate2",), "llama.cpp": ("llama_cpp", "gguf")}

@@ -119,6 +119,8 @@ def test_programs_are_measured_beside_transformers(program, sizes, parts, tmp_pa
     assert done.exit_code == 0, done.output + str(done.exception)
     rows = [row for row in harness.read(tmp_path / "r.json")["rows"] if "refused" not in row]
     assert {row["part"] for row in rows} == set(parts)
+    if program == "generate":
+        assert {row["dtype"] for row in rows} == {"fp32", "bf16", "int8", "int4"}
     for part, dtype in itertools.product(parts, ("fp32", "bf16")):
         names = {row["contender"] for row in rows if (row["part"], row["dtype"]) == (part, dtype)}
         assert {"fastlm", "transformers", "transformers, compiled"} <= names
@@ -142,8 +144,8 @@ def test_a_program_that_computes_something_else_has_no_speed(program, sizes, fac
 
 
 @pytest.mark.parametrize("dtype, name", [
-    ("fp32", "CTranslate2"), ("fp32", "llama.cpp"), ("bf16", "llama.cpp"), ("bf16", "CTranslate2, int8"),
-    ("bf16", "llama.cpp, q8_0"), ("fp16", "llama.cpp"),
+    ("fp32", "CTranslate2"), ("fp32", "llama.cpp"), ("bf16", "llama.cpp"), ("int8", "CTranslate2"),
+    ("int8", "llama.cpp, q8_0"), ("fp16", "llama.cpp"),
 ])
 def test_converted_peers_hold_the_same_model(dtype, name, tmp_path):
     """In fp32 they write our greedy tokens; a narrower one goes astray later, at a near tie."""
@@ -254,6 +256,7 @@ def test_what_refuses_is_told():
         (["attention", "--shape", "T=0"], "size T is 0, wanted ≥ 1"),
         (["attention", "--shape", "T3"], "got 'T3', wanted letters and sizes"),
         (["attention", "--dtype", "int4"], "no dtype 'int4', wanted fp32"),
+        (["generate", "--dtype", "int3"], "no dtype 'int3', wanted fp32, bf16, fp16, int8, int4"),
         (["generate", "--shape", "N=1"], "N is 1, wanted 2 or more"),
         (["train", "--shape", "H=5"], "C=768 is no multiple of H=5"),
         (["--seconds", "0"], "--seconds is 0"),
