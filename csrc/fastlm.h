@@ -146,7 +146,7 @@ enum class Weights : int { f32 = 0, bf16 = 1, int8 = 2, int4 = 3 };
 struct Gpt2Step {
   float* logits;              // out (B, V rounded up to 32), with `every` (sum of counts, …)
   const int64_t* layers;      // in  (L, 22) addresses: ln_1 weight, bias, ln_2 weight, bias (C,) fp32, k_pages, v_pages
-                              //     (pages, page, H, D) dtype, then for qkv, proj, up, down: panels, bias, scale (N,)
+                              //     (pages, page, H, D) dtype, strided alike, then for qkv, proj, up, down: panels, bias, scale (N,)
                               //     fp32, sums (N,) int32, each rounded up to 16; scale and sums are those of int8
   const char* head;           // in  panels (C, V)
   const float* head_scale;    // in  (V,), rounded up to 16, as above
@@ -159,6 +159,7 @@ struct Gpt2Step {
   const int32_t* positions;   // in  (B,)
   const int32_t* counts;      // in  (B,)
   const int32_t* block_table; // in  (B, max_pages)
+  int64_t stride_p, stride_s, stride_h;  // of k_pages and v_pages: a page, a position, a head
   int64_t B, T, L, H, D, V, inner, page, max_pages, every;
   float epsilon;
   Weights weights, head_weights;

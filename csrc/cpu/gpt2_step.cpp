@@ -335,11 +335,12 @@ class Step {
     walk.run(M_, [&](int64_t m) {
       const Row& row = rows_[m];
       const int64_t page = op_.block_table[row.b * op_.max_pages + row.position / op_.page];
-      const int64_t at = (page * op_.page + row.position % op_.page) * C_;
-      for (int64_t c = 0; c < C_; c++) {
-        layer.k_pages[at + c] = from_float<T>(qkv_[m * Qp_ + C_ + c]);
-        layer.v_pages[at + c] = from_float<T>(qkv_[m * Qp_ + 2 * C_ + c]);
-      }
+      const int64_t at = page * op_.stride_p + row.position % op_.page * op_.stride_s;
+      for (int64_t h = 0; h < op_.H; h++)
+        for (int64_t d = 0; d < op_.D; d++) {
+          layer.k_pages[at + h * op_.stride_h + d] = from_float<T>(qkv_[m * Qp_ + C_ + h * op_.D + d]);
+          layer.v_pages[at + h * op_.stride_h + d] = from_float<T>(qkv_[m * Qp_ + 2 * C_ + h * op_.D + d]);
+        }
     });
   }
 
@@ -358,10 +359,10 @@ class Step {
       const int32_t* table = op_.block_table + rows_[m].b * op_.max_pages;
       for (int64_t s0 = 0; s0 < length;) {
         const int64_t slot = s0 % op_.page, run = std::min({kRun, op_.page - slot, length - s0});
-        const int64_t at = (table[s0 / op_.page] * op_.page + slot) * C_ + h * op_.D;
+        const int64_t at = table[s0 / op_.page] * op_.stride_p + slot * op_.stride_s + h * op_.stride_h;
         float scores[kRun];
-        for (int64_t j = 0; j < run; j++) scores[j] = dot(q, layer.k_pages + at + j * C_, op_.D);
-        take(state, sums, scores, run, layer.v_pages + at, C_, op_.D);
+        for (int64_t j = 0; j < run; j++) scores[j] = dot(q, layer.k_pages + at + j * op_.stride_s, op_.D);
+        take(state, sums, scores, run, layer.v_pages + at, op_.stride_s, op_.D);
         s0 += run;
       }
       for (int64_t d = 0; d < op_.D; d++) o_[m * Cp_ + h * op_.D + d] = sums[d] / state.l;

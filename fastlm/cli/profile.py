@@ -58,6 +58,9 @@ def profile(
     elif on_gpu:
         graph = "; decoding ran without its CUDA graph" if program == "generate" else ""
         console.print(f"the GPU is busy for {busy / found.seconds:.0%} of a step{graph}", highlight=False)
+    elif program == "generate":
+        console.print("on a CPU generation is one native call a step without parts: these are the model's own ops",
+                      highlight=False, soft_wrap=True)
     console.print(
         f"{found.seconds * 1e3:,.1f} ms a step, {found.tokens_per_s:,.0f} tokens/s, the profiler's overhead "
         f"within; without it: fastlm bench {program}\nwrote {out}; open it at https://ui.perfetto.dev "

@@ -2,8 +2,9 @@
 
     k_pages[layer], v_pages[layer] (B · n, page, H, D)    block_table (B, n)    lengths (B,)
 
-Every sequence owns n pages from the start, so the cache does not grow with the text. A step is announced with
-`begin`, run through the model, whose layers call `attend`, and closed with `end`.
+In memory a page is (H, page, D): a head's keys lie one behind the other. Every sequence owns n pages from the start,
+so the cache does not grow with the text. A step is announced with `begin`, run through the model, whose layers call
+`attend`, and closed with `end`; what the engine appends, `advance` counts.
 """
 
 import torch
@@ -18,9 +19,11 @@ class KVCache:
 
     def __init__(self, config, batch, capacity, *, device, dtype, page=PAGE):
         H, n = config.n_head, -(-capacity // page)
-        shape = (batch * n, page, H, config.n_embd // H)
-        self.k_pages = [torch.empty(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
-        self.v_pages = [torch.empty(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
+        shape = (batch * n, H, page, config.n_embd // H)
+        self.k_pages, self.v_pages = (
+            [torch.empty(shape, device=device, dtype=dtype).transpose(1, 2) for _ in range(config.n_layer)]
+            for _ in range(2)
+        )
         self.block_table = torch.arange(batch * n, dtype=torch.int32, device=device).view(batch, n)
         self.lengths = torch.zeros(batch, dtype=torch.int32, device=device)
         self._empty = True
@@ -61,8 +64,9 @@ class KVCache:
         batch, n = self.block_table.shape
         for pages in (self.k_pages, self.v_pages):
             for layer, cache in enumerate(pages):
-                rows = cache.view(batch, n, *cache.shape[1:]).repeat_interleave(times, 0)
-                pages[layer] = rows.view(batch * times * n, *cache.shape[1:])
+                held = cache.transpose(1, 2)  # as it lies in memory
+                rows = held.view(batch, n, *held.shape[1:]).repeat_interleave(times, 0)
+                pages[layer] = rows.view(batch * times * n, *held.shape[1:]).transpose(1, 2)
         table = torch.arange(batch * times * n, dtype=torch.int32, device=self.block_table.device)
         self.block_table = table.view(batch * times, n)
         self.lengths = self.lengths.repeat_interleave(times)

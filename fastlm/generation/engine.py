@@ -6,6 +6,7 @@ The model's own forward is its reference: same cache, same tokens, sums in anoth
 are packed as int8 or int4, and meet activations that are rounded to int8, a scale a row.
 """
 
+import mmap
 import weakref
 
 import torch
@@ -15,12 +16,14 @@ from fastlm import dispatch, native
 from fastlm.gpt2 import GPT2
 from fastlm.quantised import GROUP, head_kind, quantise
 
+HUGE = 2**21  # bytes of a huge page
 PANEL = 16  # csrc/cpu/panel.h, kPanel
 KINDS = {torch.float32: "fp32", torch.bfloat16: "bf16"}  # how a model's weights are packed
 ROWS = 2048  # most new tokens of one call: what it works on takes 27 KB a row at C = 768
+SOME = 32  # elements, or a few more, that are kept of every parameter
 _NUMBERS = {"fp32": 0, "bf16": 1, "int8": 2, "int4": 3}  # csrc/fastlm.h, Weights
 _GROUPS = {"fp32": 1, "bf16": 2, "int8": 4}
-_packed = weakref.WeakKeyDictionary()  # model → (state of its parameters, Packed)
+_packed = weakref.WeakKeyDictionary()  # model → (state of its parameters, some of their elements, Packed)
 
 
 def why_not(model):
@@ -76,10 +79,12 @@ class Engine:
     def _step(self, tokens, counts, logits, *, every):
         weights, cache, config, tokens = self._weights, self._cache, self._model.config, tokens.contiguous()
         parts = self._model.transformer
+        stride_p, stride_s, stride_h, _ = cache.k_pages[0].stride()
         native.cpu.gpt2_step(
             logits, self._layers, weights.head, weights.ln_f, parts["wte"].weight, parts["wpe"].weight, tokens,
             cache.lengths, counts, cache.block_table, H=config.n_head, D=config.n_embd // config.n_head,
             inner=config.n_inner or 4 * config.n_embd, page=cache.k_pages[0].shape[1], every=int(every),
+            stride_p=stride_p, stride_s=stride_s, stride_h=stride_h,
             epsilon=config.layer_norm_epsilon, weights=_NUMBERS[weights.kind],
             head_weights=_NUMBERS[head_kind(weights.kind)],
         )
@@ -94,7 +99,8 @@ class Packed:
         parts = model.transformer
         self.addresses = [self._layer(block, kind) for block in parts["h"]]
         self.ln_f = [self._keep(p.detach().float()) for p in (parts["ln_f"].weight, parts["ln_f"].bias)]
-        self.head = pack(parts["wte"].weight.detach().T, head_kind(kind))
+        panels, scale, sums = pack(parts["wte"].weight.detach().T, head_kind(kind))
+        self.head = on_huge_pages(panels), scale, sums
 
     def _layer(self, block, kind):
         norms = [self._keep(parameter.detach().float()).data_ptr()
@@ -108,17 +114,38 @@ class Packed:
         return norms, matrices
 
     def _keep(self, tensor):
+        tensor = on_huge_pages(tensor)
         self._kept.append(tensor)
         return tensor
 
 
+def on_huge_pages(tensor):
+    """The tensor, or a copy in pages of 2 MiB where it is that large and the system has them: fewer to look up."""
+    if tensor.nbytes < HUGE or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return tensor
+    memory = mmap.mmap(-1, tensor.nbytes + HUGE)
+    try:
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    except OSError:  # a kernel without them
+        return tensor
+    whole = torch.frombuffer(memory, dtype=torch.uint8)  # keeps the memory
+    start = -whole.data_ptr() % HUGE
+    return whole[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape).copy_(tensor)
+
+
 def packed(model):
-    """The Packed weights of a model, made anew when a parameter has changed."""
+    """The Packed weights of a model, made anew when a parameter has changed.
+
+    torch counts changes in place, but for those through `.data`: these show where they reach one of some elements that
+    are kept of every parameter.
+    """
+    parameters = [p.detach() for p in model.parameters()]
     state = [model.quantised, *((p.data_ptr(), 0 if p.is_inference() else p._version) for p in model.parameters())]
+    some = torch.cat([p.reshape(-1)[:: max(1, p.numel() // SOME)] for p in parameters])
     found = _packed.get(model)
-    if found is None or found[0] != state:
-        found = _packed[model] = state, Packed(model, model.quantised or KINDS[model.dtype])
-    return found[1]
+    if found is None or found[0] != state or not torch.equal(found[1], some):
+        found = _packed[model] = state, some, Packed(model, model.quantised or KINDS[model.dtype])
+    return found[2]
 
 
 def pack(w, kind):
