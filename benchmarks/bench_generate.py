@@ -26,7 +26,7 @@ from .peers import peers
 from .programs import MODEL, Program, absent, pair, weights
 
 SHAPES = {
-    "cpu": [{"B": B, "T": T, "N": N, **MODEL} for B, T, N in ((1, 32, 32), (8, 32, 16), (1, 512, 8))],
+    "cpu": [{"B": B, "T": T, "N": N, **MODEL} for B, T, N in ((1, 32, 32), (8, 32, 16), (1, 512, 32))],
     "cuda": [{"B": B, "T": 512, "N": 128, **MODEL} for B in (1, 8, 64, 256, 1024)],
 }
 WIDTHS = {**DTYPES, "int8": torch.float32, "int4": torch.float32}  # and the dtype of what is no weight
