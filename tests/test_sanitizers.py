@@ -13,7 +13,7 @@ from test_build import ROOT, build
 pytestmark = pytest.mark.slow
 HERE = Path(__file__).parent
 FLAGS = "-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer"
-TESTS = ("attention", "decode_attention", "cache_append", "softmax_xent")
+TESTS = ("attention", "decode_attention", "cache_append", "softmax_xent", "engine")
 OVERREAD = """
 import sanitized, sys, torch, fastlm.native
 x, y, out = torch.randn(3, 64), torch.zeros(3, dtype=torch.int64), torch.empty(2, 3)
@@ -57,10 +57,10 @@ def test_an_overread_is_found(environment):
     assert "heap-buffer-overflow" in done.stderr and "survived" not in done.stdout
 
 
-@pytest.mark.parametrize("isa", ["avx512", "avx2", "generic"])
+@pytest.mark.parametrize("isa", ["avx512bf16", "avx512", "avx2", "generic"])
 def test_cpu_kernels(environment, isa):
     tests = [str(HERE / f"test_{name}.py") for name in TESTS]
-    options = ("-q", "-x", "-p", "sanitized", "-p", "no:cacheprovider", "-k", "cpu")
+    options = ("-q", "-x", "-p", "sanitized", "-p", "no:cacheprovider", "-k", "cpu or engine and not lower")
     done = run({**environment, "FASTLM_CPU_ISA": isa}, "-m", "pytest", *options, *tests)
     if "which this CPU or build does not have" in done.stdout + done.stderr:
         pytest.skip(f"this CPU has no {isa}")
