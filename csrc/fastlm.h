@@ -146,8 +146,9 @@ enum class Weights : int { f32 = 0, bf16 = 1, int8 = 2, int4 = 3 };
 struct Gpt2Step {
   float* logits;              // out (B, V rounded up to 32), with `every` (sum of counts, …)
   const int64_t* layers;      // in  (L, 22) addresses: ln_1 weight, bias, ln_2 weight, bias (C,) fp32, k_pages, v_pages
-                              //     (pages, page, H, D) dtype, strided alike, then for qkv, proj, up, down: panels, bias, scale (N,)
-                              //     fp32, sums (N,) int32, each rounded up to 16; scale and sums are those of int8
+                              //     (pages, page, H, D) dtype, strided alike, then for qkv, proj, up, down: panels,
+                              //     bias, scale (N,) fp32, sums (N,) int32, each rounded up to 16; scale and sums are
+                              //     those of int8
   const char* head;           // in  panels (C, V)
   const float* head_scale;    // in  (V,), rounded up to 16, as above
   const int32_t* head_sums;
@@ -175,7 +176,7 @@ void decode_attention(const DecodeAttention& op, int threads);
 void cache_append_(const CacheAppend& op, int threads);
 void gpt2_step(const Gpt2Step& op, int threads);
 
-// The instruction set the kernels run on: "avx512", "avx2" or "generic"; FASTLM_CPU_ISA asks for a lower one.
+// The instruction set the kernels run on: "avx512bf16", "avx512", "avx2" or "generic"; FASTLM_CPU_ISA asks for a lower one.
 const char* isa();
 }  // namespace cpu
 

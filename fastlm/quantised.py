@@ -1,7 +1,7 @@
 """Quantised weights: int8 with a scale an output, int4 with a scale for 64 inputs of an output.
 
     int8   w[k, n] = s[n] q[k, n]             q in -127 … 127, s = largest |w| of the column / 127
-    int4   w[k, n] = s[k // 64, n] q[k, n]    q in -8 … 7; of both signs of s, whichever gives the smaller error
+    int4   w[k, n] = s[k // 64, n] q[k, n]    q in -8 … 7, s of the sign that makes the largest |w| of the group -8
 
 A model whose `quantised` names a kind holds weights of this form, each as the floating-point number it stands for:
 quantised again they are the same.
@@ -15,7 +15,9 @@ GROUP = 64  # inputs that share a scale in int4; csrc/cpu/panel.h, Int4Weights
 
 
 def quantise(w, kind):
-    """(q int8 (K, N), scale fp32 (N,) or (⌈K/64⌉, N)) of w (K, N), any floating-point dtype."""
+    """(q int8 (K, N), scale fp32 (N,) or (⌈K/64⌉, N)) of w (K, N), any floating-point dtype; ValueError for no kind."""
+    if kind not in KINDS:
+        raise ValueError(f"kind is {kind!r}, wanted {' or '.join(KINDS)}")
     w = w.detach().float()
     tiny = torch.finfo(torch.float32).tiny
     if kind == "int8":

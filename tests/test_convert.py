@@ -12,6 +12,7 @@ import fastlm
 from fastlm.cli import app
 from fastlm.data.tokenizer import Tokenizer
 from fastlm.generation.perplexity import perplexity
+from fastlm.pretrained import save_quantised
 from fastlm.quantised import quantise_
 
 
@@ -80,6 +81,13 @@ def test_perplexity_is_the_mean_loss(folder, monkeypatch):
 def test_bad_input(folder, tmp_path, arguments, told):
     done = convert(folder, tmp_path / "out", **arguments)
     assert isinstance(done.exception, ValueError) and told in str(done.exception)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_kind_that_is_none(folder, tmp_path):
+    model = fastlm.GPT2.from_pretrained(folder / "model")
+    with pytest.raises(ValueError, match="kind is None, wanted int8 or int4"):
+        save_quantised(model, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 

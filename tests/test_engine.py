@@ -148,10 +148,14 @@ def test_changed_weights_are_packed_anew():
     assert engine.packed(model).kind == "bf16"
 
 
-def test_nan_is_not_lost():
-    model = make("even")
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("kind", ["fp32", "int8", "int4"])
+@pytest.mark.parametrize("name", ["transformer.ln_f.bias", "transformer.h.1.mlp.c_proj.bias",
+                                  "transformer.h.1.ln_2.bias", "transformer.h.1.mlp.c_fc.bias"])
+def test_what_is_not_finite_is_not_lost(kind, value, name):
+    model = make("even") if kind == "fp32" else quantise_(make("even"), kind)
     with torch.no_grad():
-        model.transformer["h"][1].mlp.c_proj.bias[5] = float("nan")
+        model.get_parameter(name)[5] = value
     with pytest.raises(RuntimeError, match="hold NaN or infinity"):
         model.generate(PROMPTS, max_new_tokens=3)
 

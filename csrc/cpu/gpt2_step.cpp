@@ -53,20 +53,26 @@ inline void write_row(Bf16* to, float*, const float* row, int64_t K) {
   for (; k < K; k++) to[k] = from_float<Bf16>(row[k]);
 }
 
+// The numbers of a row in units of scale = largest / 127; a row that is not finite has a scale of NaN, and no numbers.
+template <class Put>
+inline void round_row(float* scale, const float* row, int64_t K, Put&& put) {
+  float largest = 0.0f, nothing = 0.0f;
+  for (int64_t k = 0; k < K; k++) {
+    largest = std::max(largest, std::fabs(row[k]));
+    nothing += row[k] * 0.0f;  // NaN where row[k] is NaN or infinite: `max` does not see the first
+  }
+  const bool finite = nothing == 0.0f;
+  *scale = finite ? largest / 127.0f : kNaN;
+  const float inverse = finite && largest > 0.0f ? 127.0f / largest : 0.0f;
+  for (int64_t k = 0; k < K; k++) put(k, finite ? int32_t(std::nearbyintf(row[k] * inverse)) : 0);
+}
+
 inline void write_row(uint8_t* to, float* scale, const float* row, int64_t K) {
-  float largest = 0.0f;
-  for (int64_t k = 0; k < K; k++) largest = std::max(largest, std::fabs(row[k]));
-  *scale = largest / 127.0f;
-  const float inverse = largest > 0.0f ? 127.0f / largest : 0.0f;
-  for (int64_t k = 0; k < K; k++) to[k] = uint8_t(int32_t(std::nearbyintf(row[k] * inverse)) + 128);
+  round_row(scale, row, K, [&](int64_t k, int32_t q) { to[k] = uint8_t(q + 128); });
 }
 
 inline void write_row(int8_t* to, float* scale, const float* row, int64_t K) {
-  float largest = 0.0f;
-  for (int64_t k = 0; k < K; k++) largest = std::max(largest, std::fabs(row[k]));
-  *scale = largest / 127.0f;
-  const float inverse = largest > 0.0f ? 127.0f / largest : 0.0f;
-  for (int64_t k = 0; k < K; k++) to[k] = int8_t(std::nearbyintf(row[k] * inverse));
+  round_row(scale, row, K, [&](int64_t k, int32_t q) { to[k] = int8_t(q); });
 }
 
 // The same, with zeros up to the end of the last group of k.
@@ -219,11 +225,12 @@ class Step {
         Qp_(up(3 * C_, 2 * kPanel)), Fp_(up(F_, 2 * kPanel)), Vp_(up(op.V, 2 * kPanel)),
         widest_(std::max(Cp_, Fp_)), phases_(op.L * 12 + 4, threads) {
     for (int64_t b = 0; b < op.B; b++) {
-      if (op.counts[b] >= kPrompt && !op.positions[b]) prompts_.push_back({int64_t(rows_.size()), op.counts[b]});
+      const bool tiled = op.counts[b] >= kPrompt && !op.positions[b];
+      if (tiled) prompts_.push_back({int64_t(rows_.size()), op.counts[b]});
       for (int64_t t = 0; t < op.counts[b]; t++) {
         const int64_t row = int64_t(rows_.size());
         if (op.every || t + 1 == op.counts[b]) wanted_.push_back(row), places_.push_back(op.every ? row : b);
-        rows_.push_back({b, op.positions[b] + t, op.tokens[b * op.T + t], op.counts[b] >= kPrompt && !op.positions[b]});
+        rows_.push_back({b, op.positions[b] + t, op.tokens[b * op.T + t], tiled});
       }
     }
     M_ = int64_t(rows_.size()), E_ = int64_t(wanted_.size());

@@ -15,7 +15,7 @@
 #pragma once
 
 #include <algorithm>
-#include <cmath>
+#include <type_traits>
 
 #include "simd.h"
 
@@ -29,7 +29,6 @@ struct F32Weights {
   static constexpr int64_t kGroup = 1, kGroupBytes = 64;
   using Act = float;
   using Sum = Floats;
-  static Act act(float x) { return x; }
   static void add(Sum& sum, Ints w, const Act* x) { sum += broadcast(*x) * (Floats)w; }
 };
 
@@ -38,7 +37,6 @@ struct Bf16Weights {
   using Sum = Floats;
 #if defined(__AVX512BF16__)
   using Act = Bf16;
-  static Act act(float x) { return from_float<Bf16>(x); }
   static void add(Sum& sum, Ints w, const Act* x) {
     int32_t pair;
     std::memcpy(&pair, x, 4);
@@ -46,7 +44,6 @@ struct Bf16Weights {
   }
 #else
   using Act = float;
-  static Act act(float x) { return x; }
   static void add(Sum& sum, Ints w, const Act* x) {
     sum += broadcast(x[0]) * (Floats)((Words)w << 16);
     sum += broadcast(x[1]) * (Floats)((Words)w & 0xffff0000u);
@@ -84,7 +81,8 @@ struct Int4Weights {
     std::memcpy(&low, x, 4);
     std::memcpy(&high, x + 4, 4);
     sum = (Ints)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)(w & 0x0f0f0f0f), _mm512_set1_epi32(low));
-    sum = (Ints)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)((Ints)((Words)w >> 4) & 0x0f0f0f0f), _mm512_set1_epi32(high));
+    const Ints upper = (Ints)((Words)w >> 4) & 0x0f0f0f0f;
+    sum = (Ints)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)upper, _mm512_set1_epi32(high));
 #else
     for (int i = 0; i < 4; i++) {
       sum += (w >> (8 * i) & 15) * int32_t(x[i]);
@@ -152,7 +150,6 @@ inline void product_of_panels(typename W::Sum (&sums)[rows][panels * kParts], co
         for (int p = 0; p < panels * kParts; p++)
           sums[m][p] += __builtin_convertvector(exact[m][p], Floats) * scales[p];
     }
-    return;
   } else {
     const auto steps = [&](int64_t from, int64_t to, int64_t ahead) {
       for (int64_t at = from; at < to; at += 4 * kPanel) {

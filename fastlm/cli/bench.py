@@ -11,7 +11,7 @@ def bench(
     ops: Annotated[list[str] | None, typer.Argument(help="Ops, or generate, train, products; all ops else.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     shape: Annotated[str | None, typer.Option(help="Sizes in place of the usual, e.g. N=512,V=50257.")] = None,
-    dtype: Annotated[list[str] | None, typer.Option(help="fp32, bf16 or fp16; may be repeated.")] = None,
+    dtype: Annotated[list[str] | None, typer.Option(help="fp32, bf16, fp16; generate: int8, int4 too.")] = None,
     seconds: Annotated[float, typer.Option(help="For every contender of a case.")] = 1.0,
     fresh_roofs: Annotated[bool, typer.Option("--fresh-roofs", help="Measure this machine's roofs again.")] = False,
     warm: Annotated[bool, typer.Option("--warm", help="The same operands each time, not beyond the cache.")] = False,
