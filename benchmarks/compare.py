@@ -65,12 +65,7 @@ def changes(old_rows, new_rows):
 
 ROOT = Path(__file__).resolve().parent.parent
 RUN = """
-import sys
-sys.meta_path[:] = [finder for finder in sys.meta_path if "editable" not in type(finder).__module__.lower()
-                    and "ScikitBuild" not in type(finder).__name__]
-sys.path.insert(0, {package!r})
 import fastlm.cli
-assert fastlm.__file__.startswith({package!r}), fastlm.__file__
 fastlm.cli.main()
 """
 
@@ -86,12 +81,13 @@ def measure_revision(revision, arguments, *, cuda):
             "fastlm bench --out FILE"
         )
     from . import harness
+    from .apart import PIN
 
     with tempfile.TemporaryDirectory() as folder, _worktree(revision, Path(folder) / "tree") as tree:
         package, out = Path(folder) / "package", Path(folder) / "rows.json"
         install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(package), str(tree)]
         _call(install if cuda else [*install, "-Ccmake.define.FASTLM_CUDA=OFF"], f"{revision} does not build")
-        script = RUN.format(package=str(package))
+        script = PIN.format(package=str(package)) + RUN
         _call([sys.executable, "-c", script, "bench", *arguments, "--out", str(out)], f"{revision} cannot be measured")
         return harness.read(out)
 

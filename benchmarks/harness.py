@@ -57,7 +57,7 @@ class Case:
     absent: dict[str, str] = field(default_factory=dict)  # peer → the sentence why it does not take part
     check: Callable | None = None
     traffic: str = "copy"  # or "read": the roof that the bytes have
-    passes = 2  # a machine's mood lasts longer than a race: the second comes after all other cases
+    passes = 2  # each in a process of its own: see `apart`
 
     def run(self, device, roofs, **options):
         """The rows of this case; see `measure`."""

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 import fastlm
 from fastlm import dispatch, native
-from fastlm.benchmarks import compare, harness, peers, programs
+from fastlm.benchmarks import apart, compare, harness, peers, programs
 from fastlm.cli import app
 from fastlm.measure import roofs as roofs_module
 from fastlm.measure.roofs import Roofs
@@ -24,10 +24,11 @@ SMALL = {"softmax_xent": "N=8,V=100", "attention": "B=1,T=16,H=2,D=16", "decode_
 
 @pytest.fixture(autouse=True)
 def here(monkeypatch, tmp_path):
-    """Roofs without measuring, and no compiled peer: compiling takes seconds."""
+    """Roofs without measuring, no compiled peer (compiling takes seconds), one pass, in this process."""
     monkeypatch.setenv("FASTLM_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(roofs_module, "measure", lambda device, **options: ROOFS)
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    monkeypatch.setattr(harness.Case, "passes", 1)
 
 
 def run(*arguments):
@@ -172,6 +173,34 @@ def test_peers_that_are_absent_are_told(monkeypatch):
     known, missing = peers.peers("bf16", "cpu")
     assert not known and set(missing.values()) == {"not installed: pip install 'fastlm[peers]'"}
     assert peers.peers("bf16", "cuda") == ({}, {})
+
+
+def test_each_pass_has_a_process_of_its_own(monkeypatch, tmp_path):
+    started = []
+
+    class Counted(apart.Apart):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            started.append(self.process.pid)
+
+    monkeypatch.setattr(harness.Case, "passes", 2)
+    monkeypatch.setattr(apart, "Apart", Counted)
+    done = run("cache_append", "--shape", SMALL["cache_append"], "--dtype", "fp32", "--out", str(tmp_path / "r.json"))
+    assert done.exit_code == 0, done.output + str(done.exception)
+    rows = harness.read(tmp_path / "r.json")["rows"]
+    assert {"fastlm torch", "plain copy"} <= {row["contender"] for row in rows}
+    assert len(set(started)) == 2 and all(row["error"] <= 1 and len(row["samples_us"]) >= 10 for row in rows)
+
+
+def test_a_process_that_ends_is_told():
+    shape = {"N": 8, "V": 100}
+    (case, *_) = harness.suite(["softmax_xent"], shape=shape, dtypes=["fp32"])
+    with apart.Apart(["softmax_xent"], "cpu", shape, ["fp32"]) as process:
+        rows = process.measure(case, ROOFS, seconds=0.01, cold=True)
+        assert {row["contender"] for row in rows} >= {"fastlm torch"}
+        process.process.kill()
+        with pytest.raises(RuntimeError, match=r"softmax_xent .* ended: killed by signal 9"):
+            process.measure(case, ROOFS, seconds=0.01, cold=True)
 
 
 def two_passes(first, second):

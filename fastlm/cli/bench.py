@@ -1,5 +1,6 @@
 """`fastlm bench`: every op on every backend beside its peers, checked first, with its share of this machine's roof."""
 
+import contextlib
 import re
 from pathlib import Path
 from typing import Annotated
@@ -31,7 +32,8 @@ def bench(
     device = device_of(device)
     if not 0 < seconds < 3600:
         raise ValueError(f"--seconds is {seconds}, wanted a number above 0")
-    cases = harness.suite(ops, device=device, shape=sizes_of(shape), dtypes=dtype)
+    sizes = sizes_of(shape)
+    cases = harness.suite(ops, device=device, shape=sizes, dtypes=dtype)
     cases, too_large = harness.fitting(cases, device, shape is not None)
     console, rows, former = Console(), [], None
     if compare is not None:
@@ -55,32 +57,33 @@ def bench(
         if about["load"] > 0.5 * about["threads"] and device == "cpu":
             console.print(f"[yellow]the machine is busy (load {about['load']}): expect noise[/]")
 
-        def measure(case):
-            progress.update(task, description=case.name)
-            new = case.run(device, roof, seconds=seconds / case.passes, cold=not warm)
-            progress.advance(task)
-            return new
-
         by_case = [None] * len(cases)
         for turn in range(max((case.passes for case in cases), default=0)):
-            for number, case in enumerate(cases):
-                if turn >= case.passes:
-                    continue
-                new = measure(case)
-                by_case[number] = new if turn == 0 else harness.merge(by_case[number], new)
-                if turn + 1 == case.passes:
-                    _show_case(progress.console, case, by_case[number])
-                rows = [row for some in by_case for row in some or ()]
-                if out is not None:  # after every case: an interruption loses nothing
-                    harness.write(out, about, vars(roof), rows)
+            measuring = [case for case in cases if turn < case.passes]
+            with _measurer(ops, device, sizes, dtype, measuring) as measure:
+                for number, case in enumerate(cases):
+                    if turn >= case.passes:
+                        continue
+                    progress.update(task, description=case.name)
+                    new = measure(case, roof, seconds=seconds / case.passes, cold=not warm)
+                    progress.advance(task)
+                    by_case[number] = new if turn == 0 else harness.merge(by_case[number], new)
+                    if turn + 1 == case.passes:
+                        _show_case(progress.console, case, by_case[number])
+                    rows = [row for some in by_case for row in some or ()]
+                    if out is not None:  # after every case: an interruption loses nothing
+                        harness.write(out, about, vars(roof), rows)
         found = []
         if former is not None:
             found = changes(former["rows"], rows)
             for _ in range(2):  # what is slower once may be chance
-                for case in [case for case in cases if any(_slower(change, case, bound) for change in found)]:
-                    again = changes(former["rows"], measure(case))
-                    found = [min([old, *(new for new in again if new.name == old.name)], key=lambda one: one.change)
-                             for old in found]
+                slower = [case for case in cases if any(_slower(change, case, bound) for change in found)]
+                with _measurer(ops, device, sizes, dtype, slower) as measure:
+                    for case in slower:
+                        progress.update(task, description=f"again: {case.name}")
+                        again = changes(former["rows"], measure(case, roof, seconds=seconds, cold=not warm))
+                        found = [min([old, *(new for new in again if new.name == old.name)],
+                                     key=lambda one: one.change) for old in found]
     console.print(LEGEND, style="dim", highlight=False)
     if out is not None:
         console.print(f"\nwrote {out}", highlight=False)
@@ -88,6 +91,19 @@ def bench(
         _show_changes(console, found, bound, former["head"])
     if any(row.get("wrong") for row in rows) or any(change.verdict(bound) == "slower" for change in found):
         raise typer.Exit(1)
+
+
+@contextlib.contextmanager
+def _measurer(ops, device, shape, dtypes, cases):
+    """measure(case, roofs, ...): in a process of its own where a case has several passes, else in this one."""
+    from fastlm.benchmarks.apart import Apart
+
+    if not any(case.passes > 1 for case in cases):
+        yield lambda case, roof, **options: case.run(device, roof, **options)
+        return
+    with Apart(ops, device, shape, dtypes) as apart:
+        yield lambda case, roof, **options: (
+            apart.measure(case, roof, **options) if case.passes > 1 else case.run(device, roof, **options))
 
 
 def _slower(change, case, bound):
