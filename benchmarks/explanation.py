@@ -67,5 +67,5 @@ def _behind(row, chosen, backend, args):
         us = tuned_row["us"]
         same = (tuned_row["op"], DTYPES[tuned_row["dtype"]]) == (row.family, tensor.dtype)
         if same and {chosen, backend} <= us.keys():
-            return f"fastlm tune measured {us[backend]:,.0f} µs here, {chosen} {us[chosen]:,.0f} µs"
+            return f"fastlm tune measured {us[backend]:,.0f} µs on this kind of device, {chosen} {us[chosen]:,.0f} µs"
     return f"it stands behind {chosen} in the usual order; fastlm tune measures them on this device"

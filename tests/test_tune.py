@@ -110,7 +110,8 @@ def test_explain_names_the_choice_the_reasons_and_the_floor():
 def test_explain_tells_what_was_tuned_and_what_is_forced():
     tuned.save("cpu", {}, [table("reference", "torch")])
     told = explained("softmax_xent", "--shape", "N=4,V=100", "--dtype", "fp32")
-    assert "runs on reference" in told and "not torch: fastlm tune measured 20 µs here, reference 10 µs" in told
+    assert "runs on reference" in told
+    assert "not torch: fastlm tune measured 20 µs on this kind of device, reference 10 µs" in told
     with fastlm.use("torch"):
         told = explained("softmax_xent", "--shape", "N=4,V=100", "--dtype", "fp32")
     assert "runs on torch" in told and "not reference: another is forced" in told
