@@ -7,6 +7,7 @@ are run, and become rows:
     error     largest (or mean) error against fp64, over what the numerics policy allows
 """
 
+import ctypes
 import dataclasses
 import functools
 import importlib
@@ -31,7 +32,8 @@ from fastlm.measure.files import write_json
 from fastlm.measure.roofs import device_name
 from fastlm.numerics import DTYPES, compare
 
-OPS = ("softmax_xent", "attention", "decode_attention", "cache_append")
+OPS = ("softmax_xent", "attention", "decode_attention", "cache_append", "bias_gelu", "layer_norm", "linear_xent",
+       "adamw", "grad_norm")
 PROGRAMS = ("generate", "train", "products")
 
 
@@ -57,6 +59,7 @@ class Case:
     absent: dict[str, str] = field(default_factory=dict)  # peer → the sentence why it does not take part
     check: Callable | None = None
     traffic: str = "copy"  # or "read": the roof that the bytes have
+    peak: bool = False  # the memory that a call takes is measured too
     passes = 2  # each in a process of its own: see `apart`
 
     def run(self, device, roofs, **options):
@@ -92,7 +95,8 @@ def suite(ops=None, *, device="cpu", shape=None, dtypes=None):
         shapes = [{**usual[0], **shape}] if shape else usual
         for sizes in shapes:
             narrow = [width for width in widths if width not in DTYPES and torch.device(device).type == "cpu"]
-            for dtype in dtypes or ("fp32", "bf16", *narrow):
+            usual_widths = [width for width in ("fp32", "bf16") if width in widths]
+            for dtype in dtypes or (*usual_widths, *narrow):
                 cases += module.cases(sizes, dtype, device)
     return cases
 
@@ -100,15 +104,25 @@ def suite(ops=None, *, device="cpu", shape=None, dtypes=None):
 def model_suite(config, B, T, *, device="cpu", dtypes=None):
     """The cases of a model's training step (B, T) and of decoding, ours alone, without peers."""
     H, D = config.n_head, config.n_embd // config.n_head
-    attention = {"B": B, "T": T, "H": H, "D": D}
+    attention, C, rows = {"B": B, "T": T, "H": H, "D": D}, config.n_embd, min(B * T, 8192)
     shapes = {
+        "bias_gelu": [{"N": rows, "C": config.n_inner or 4 * C}], "layer_norm": [{"N": rows, "C": C}],
+        "linear_xent": [{"N": min(rows, 512), "C": C, "V": config.vocab_size}],
+        "adamw": [{"N": 12 * C * C}], "grad_norm": [{"N": 12 * C * C}],
         "softmax_xent": [{"N": min(B * T, 8192), "V": config.vocab_size}],
         "attention": [attention], "cache_append": [attention],
         "decode_attention": [{"B": many, "S": T, "H": H, "D": D} for many in (1, 8)],
     }
     cases = [case for op in OPS for shape in shapes[op]
-             for case in suite([op], device=device, shape=shape, dtypes=dtypes)]
+             for case in _takes(op, device, shape, dtypes)]
     return [dataclasses.replace(case, peers={}, absent={}) for case in cases]
+
+
+def _takes(op, device, shape, dtypes):
+    """The cases of an op in those of the dtypes that it has."""
+    widths = getattr(importlib.import_module(f".bench_{op}", __package__), "WIDTHS", DTYPES)
+    known = [dtype for dtype in dtypes or () if dtype in widths]
+    return [] if dtypes and not known else suite([op], device=device, shape=shape, dtypes=known)
 
 
 def fastest(rows):
@@ -155,7 +169,7 @@ def measure(case, device, roofs, *, seconds=1.0, cold=True):
     plan(case, device)
     torch.manual_seed(0)
     operands = (case.check or case.operands)()
-    truth, composed = _reference(case, [_double(x) for x in operands]), _reference(case, operands)
+    truth, composed = _reference(case, [_double(x) for x in operands]), _reference(case, _copies(operands))
     rows, racing = [], {}
     for name, function in contenders(case, device).items():
         row = row_of(case, case.part, name, ours=hasattr(function, "backend"), cold=cold)
@@ -163,7 +177,7 @@ def measure(case, device, roofs, *, seconds=1.0, cold=True):
         try:
             with _use(case, function):
                 row["error"] = max(_ratio(got, composed[what], truth[what], what[0] == "d")
-                                   for what, got in function(*operands).items())
+                                   for what, got in function(*_copies(operands)).items())
         except (RuntimeError, NotImplementedError) as error:
             row["refused"] = refusal(error)
             continue
@@ -178,6 +192,13 @@ def measure(case, device, roofs, *, seconds=1.0, cold=True):
         sets += [case.operands() for _ in range(min(sets_beyond_cache(size, device), 64) - 1)]
     chosen = _chosen(case, sets[0])
     calls = {name: [functools.partial(function, *operands) for operands in sets] for name, function in racing.items()}
+    if case.peak:
+        for row in rows:
+            if (some := calls.get(row["contender"])) is not None:
+                with _use(case, racing[row["contender"]]):
+                    some[0]()  # what is compiled or made once takes memory only now
+                    peak = peak_bytes(some[0], device)
+                row["peak_mib"] = None if peak is None else round(peak / 2**20)
     with dispatch.use(**{case.op: None}):  # undone at the end
         times = race(calls, device=device, seconds=seconds, before=lambda name: _use(case, racing[name]))
     floor = roofs.floor(bytes=case.bytes, flops=case.flops, dtype=case.dtype, traffic=case.traffic)
@@ -300,6 +321,30 @@ def fitting(cases, device, asked):
     return fit, told
 
 
+def peak_bytes(call, device):
+    """The most memory that a call takes beyond what is held before it; None where the system does not tell."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        call()
+        return torch.cuda.max_memory_allocated(device) - before
+    try:
+        ctypes.CDLL(None).malloc_trim(0)  # what was freed is the system's again, so that taking it counts
+        before = _resident("VmRSS")
+        with open("/proc/self/clear_refs", "w", encoding="ascii") as file:
+            file.write("5")  # the high-water mark begins here
+        call()
+        return max(_resident("VmHWM") - before, 0)
+    except (OSError, AttributeError, StopIteration):
+        return None
+
+
+def _resident(what):
+    with open("/proc/self/status", encoding="ascii") as file:
+        return next(int(line.split()[1]) * 1024 for line in file if line.startswith(what))
+
+
 def free_memory(device):
     """Bytes that may still be allocated on a device."""
     if torch.device(device).type == "cuda":
@@ -322,7 +367,12 @@ def _reference(case, operands):
 def _double(x):
     if not (isinstance(x, torch.Tensor) and x.is_floating_point()):
         return x
-    return x.detach().double().requires_grad_(x.requires_grad)
+    return x.detach().to(torch.float64, copy=True).requires_grad_(x.requires_grad)
+
+
+def _copies(operands):
+    """What may be written to; the next contender is given the same numbers."""
+    return [x.detach().clone().requires_grad_(x.requires_grad) if isinstance(x, torch.Tensor) else x for x in operands]
 
 
 def _use(case, function):

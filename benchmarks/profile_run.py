@@ -1,6 +1,6 @@
 """The run behind `fastlm profile`: a training step or a generation, profiled, with its parts as named ranges.
 
-    train       step → embedding, h.0 → h.0.ln_1, h.0.attn, ..., ln_f, lm_head, loss, backward, optimizer
+    train       step → embedding, h.0 → h.0.ln_1, h.0.attn, ..., ln_f, loss, backward, optimizer
     generate    step → prefill, decode, decode, ... → embedding, h.0, ..., ln_f, lm_head, draw
 
 Hooks open and close the ranges while the profile lasts: in torch's profiler and, where there is CUDA, as NVTX
@@ -22,7 +22,9 @@ from fastlm.generation.sampling import choose
 from fastlm.generation.step import Step
 from fastlm.gpt2 import GPT2
 from fastlm.numerics import DTYPES
-from fastlm.ops import softmax_xent
+from fastlm.ops import linear_xent
+from fastlm.training.config import TrainConfig
+from fastlm.training.optimizer import AdamW
 
 from . import harness
 from .profile_trace import load
@@ -215,21 +217,20 @@ def _tokens(plan, T):
 def _training(model, plan, ranges):
     """Forward, loss, backward, clipping, AdamW; bf16 is autocast over fp32 weights."""
     model.train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
+    optimizer = AdamW(model, TrainConfig(data="", out="", grad_clip=1.0))
     ids = _tokens(plan, plan.shape["T"] + 1)
     tokens, targets = ids[:, :-1].contiguous(), ids[:, 1:].reshape(-1)
 
     def step():
         with torch.autocast(plan.device, dtype=DTYPES[plan.dtype], enabled=plan.dtype != "fp32"):
-            logits = model(tokens)[0]
+            hidden = model.hidden(tokens, sparse=plan.device == "cpu")  # as model.loss does it
             with ranges("loss"):
-                loss = softmax_xent(logits.view(-1, logits.shape[-1]), targets)
+                loss = linear_xent(hidden.view(-1, hidden.shape[-1]), model.lm_head.weight, targets)
         with ranges("backward"):
             loss.backward()
         with ranges("optimizer"):
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            optimizer.step(*optimizer.gradients(), learning_rate=1e-6)
+            optimizer.zero_grad()
 
     return step
 

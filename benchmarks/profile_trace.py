@@ -190,12 +190,18 @@ def _label(event):
     name, tensors = event.name.removeprefix("aten::"), [dims for dims, _ in _tensors(event.args)]
     if name.startswith(ENGINE) or not any(tensors):
         return name
-    shown = tensors[-2:] if name in PRODUCTS else [max(tensors, key=math.prod)]
+    shown = _factors(name, tensors) if name in PRODUCTS else [max(tensors, key=math.prod)]
     kind = "" if _dtype(event) == "fp32" else f" {_dtype(event)}"
     return f"{name} {' · '.join('×'.join(map(str, dims)) for dims in shown)}{kind}"
 
 
 PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "mv", "addmv")
+
+
+def _factors(name, tensors):
+    """The two that a product multiplies; what is added comes before them, an `out` may follow."""
+    first = int(name.startswith(("add", "badd")))
+    return tensors[first : first + 2]
 
 
 def work(name, args, context=0, parameters=0):
@@ -210,7 +216,7 @@ def work(name, args, context=0, parameters=0):
     sizes = [count * size for count, (_, size) in zip(counts, tensors)]
     (dims, size), everything, largest = tensors[0], sum(sizes), max(sizes)
     if name in PRODUCTS:
-        (a, size), (b, _) = tensors[-2:]
+        (a, size), (b, _) = _factors(name, tensors)
         N = b[-1] if name.endswith("mm") else 1
         return 2 * math.prod(a) * N, everything, math.prod(a[:-1]) * N * size
     if name in READING:
@@ -247,4 +253,14 @@ def _ours(name, tensors, sizes, context):
         return 4 * B * T * H * context * D, 2 * B * context * H * D * size + sizes[0], sizes[0]
     if name == "cache_append_":
         return 0, sizes[2] + sizes[3], sizes[2] + sizes[3]
+    if name in ("bias_gelu_fwd", "bias_gelu_bwd"):
+        return 0, sum(sizes), sizes[0]
+    if name == "layer_norm_fwd":  # a residual is of x's shape: the sum is written too
+        return 0, sum(sizes), sizes[0] + (sizes[1] if tensors[1][0] == dims else 0)
+    if name == "layer_norm_bwd":
+        return 0, sum(sizes), sizes[0]
+    if name == "adamw_":
+        return 0, sum(sizes), 3 * sizes[0]
+    if name == "grad_norm":
+        return 0, sizes[0], 0
     return 0, 0, 0

@@ -55,14 +55,3 @@ def weights(shape):
     """Parameters that multiply something for every token: the blocks and the head, not the positions."""
     L, C, V = shape["L"], shape["C"], shape["V"]
     return L * (12 * C * C + 13 * C) + V * C + 2 * C
-
-
-def peak_bytes(call, device):
-    """The most GPU memory that a call takes beyond what is held before it; None on the CPU, whose heap is reused."""
-    if torch.device(device).type != "cuda":
-        return None
-    torch.cuda.synchronize(device)
-    before = torch.cuda.memory_allocated(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    call()
-    return torch.cuda.max_memory_allocated(device) - before

@@ -1,4 +1,5 @@
 // The Python module fastlm._C: submodules cpu and, where it was built with nvcc, cuda.
+#include "cpu/heap.h"
 #include "fields.h"
 
 #ifdef FASTLM_HAVE_CUDA
@@ -36,8 +37,16 @@ PYBIND11_MODULE(_C, m) {
 
   py::module_ on_cpu = m.def_submodule("cpu");
   on_cpu.def("isa", cpu::isa);
+  on_cpu.def("keep_heap", cpu::keep_heap, py::kw_only(), py::arg("large"));
   bind_cpu(on_cpu, "softmax_xent_fwd", cpu::softmax_xent_fwd);
   bind_cpu(on_cpu, "softmax_xent_bwd", cpu::softmax_xent_bwd);
+  bind_cpu(on_cpu, "softmax_xent_", cpu::softmax_xent_);
+  bind_cpu(on_cpu, "bias_gelu_fwd", cpu::bias_gelu_fwd);
+  bind_cpu(on_cpu, "bias_gelu_bwd", cpu::bias_gelu_bwd);
+  bind_cpu(on_cpu, "layer_norm_fwd", cpu::layer_norm_fwd);
+  bind_cpu(on_cpu, "layer_norm_bwd", cpu::layer_norm_bwd);
+  bind_cpu(on_cpu, "adamw_", cpu::adamw_);
+  bind_cpu(on_cpu, "grad_norm", cpu::grad_norm);
   bind_cpu(on_cpu, "attention_fwd", cpu::attention_fwd);
   bind_cpu(on_cpu, "attention_bwd", cpu::attention_bwd);
   bind_cpu(on_cpu, "decode_attention", cpu::decode_attention);

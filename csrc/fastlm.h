@@ -43,6 +43,104 @@ struct SoftmaxXentBwd {
   DType dtype;
 };
 
+// softmax_xent, forward and backward in one pass: x[n, v] becomes dx[n, v].
+struct SoftmaxXentBoth {
+  float* loss;         // out (N,)
+  float* lse;          // out (N,)
+  void* x;             // inout (N, V), dtype
+  int64_t stride_xn;
+  const float* dloss;  // in  (N,)
+  const int64_t* y;    // in  (N,)
+  int64_t N, V, ignore;
+  DType dtype;
+};
+
+// Rows whose contributions to a sum over all rows are added before others are.
+constexpr int64_t kColumnRows = 32;
+
+// y[n, c] = gelu(x[n, c] + bias[c]), the tanh form.
+struct BiasGeluFwd {
+  void* y;             // out (N, C), dtype, contiguous
+  const void* x;       // in  (N, C), dtype
+  int64_t stride_xn;
+  const float* bias;   // in  (C,)
+  int64_t N, C;
+  DType dtype;
+};
+
+// dx[n, c] = dy[n, c] gelu'(x[n, c] + bias[c]);  dbias[c] = sum_n dx[n, c], of what dx is before it is rounded.
+struct BiasGeluBwd {
+  void* dx;            // out (N, C), dtype, contiguous
+  float* dbias;        // out (C,)
+  float* scratch;      // (ceil(N / kColumnRows), C)
+  const void* dy;      // in  (N, C), dtype
+  int64_t stride_dyn;
+  const void* x;       // in  (N, C), dtype
+  int64_t stride_xn;
+  const float* bias;   // in  (C,)
+  int64_t N, C;
+  DType dtype;
+};
+
+// s = x + residual, y = (s - mean) * rstd * weight + bias over the C of a row, rstd = 1 / sqrt(variance + epsilon).
+struct LayerNormFwd {
+  void* y;                // out (N, C), y_dtype, contiguous
+  void* s;                // out (N, C), s_dtype, contiguous; null where residual is
+  float* mean;            // out (N,)
+  float* rstd;            // out (N,)
+  const void* x;          // in  (N, C), dtype
+  int64_t stride_xn;
+  const void* residual;   // in  (N, C), s_dtype, or null: s is x
+  int64_t stride_rn;
+  const float* weight;    // in  (C,)
+  const float* bias;      // in  (C,)
+  int64_t N, C;
+  float epsilon;
+  DType dtype, s_dtype, y_dtype;
+};
+
+// dx = dresidual = ds + the gradient of the normalisation by s;  dweight_dbias = those of weight and bias.
+struct LayerNormBwd {
+  void* dx;               // out (N, C), dtype, contiguous
+  void* dresidual;        // out (N, C), s_dtype, contiguous, or null
+  float* dweight_dbias;   // out (2, C)
+  float* scratch;         // (ceil(N / kColumnRows), 2, C)
+  const void* dy;         // in  (N, C), y_dtype
+  int64_t stride_dyn;
+  const void* ds;         // in  (N, C), s_dtype, or null: 0
+  int64_t stride_dsn;
+  const void* s;          // in  (N, C), s_dtype
+  int64_t stride_sn;
+  const float* weight;    // in  (C,)
+  const float* mean;      // in  (N,)
+  const float* rstd;      // in  (N,)
+  int64_t N, C;
+  DType dtype, s_dtype, y_dtype;
+};
+
+// A step of AdamW (decoupled weight decay) over n values, with gradients g * scale.
+struct Adamw {
+  float* p;               // inout (n,)
+  const float* g;         // in    (n,)
+  float* exp_avg;         // inout (n,)
+  float* exp_avg_sq;      // inout (n,)
+  const float* scale;     // in    (), null: 1
+  int64_t n;
+  float learning_rate, one_minus_beta1, beta2, one_minus_beta2, epsilon, weight_decay;
+  float bias_correction1, bias_correction2;  // 1 - beta^step
+};
+
+// Values whose squares are summed before others are.
+constexpr int64_t kNormPiece = 65536;
+
+// norm = sqrt(sum_i g[i]²)
+struct GradNorm {
+  float* norm;            // out ()
+  float* scratch;         // (ceil(n / kNormPiece),)
+  const float* g;         // in  (n,)
+  int64_t n;
+};
+
 // p[t, s] = softmax_s(scale * q[t]·k[s]) over the keys that `causal` lets t see;  o[t] = sum_s drop(p)[t, s] v[s];
 // lse[t] = log sum_s exp(scale * q[t]·k[s]). A query that sees no key gets o = 0, lse = -inf.
 //
@@ -170,6 +268,13 @@ struct Gpt2Step {
 namespace cpu {
 void softmax_xent_fwd(const SoftmaxXentFwd& op, int threads);
 void softmax_xent_bwd(const SoftmaxXentBwd& op, int threads);
+void softmax_xent_(const SoftmaxXentBoth& op, int threads);
+void bias_gelu_fwd(const BiasGeluFwd& op, int threads);
+void bias_gelu_bwd(const BiasGeluBwd& op, int threads);
+void layer_norm_fwd(const LayerNormFwd& op, int threads);
+void layer_norm_bwd(const LayerNormBwd& op, int threads);
+void adamw_(const Adamw& op, int threads);
+void grad_norm(const GradNorm& op, int threads);
 void attention_fwd(const AttentionFwd& op, int threads);
 void attention_bwd(const AttentionBwd& op, int threads);
 void decode_attention(const DecodeAttention& op, int threads);

@@ -27,6 +27,70 @@ inline std::vector<Field<SoftmaxXentBwd>> fields_of() {
 }
 
 template <>
+inline std::vector<Field<SoftmaxXentBoth>> fields_of() {
+  using Op = SoftmaxXentBoth;
+  return {
+      FIELD(loss), FIELD(lse), FIELD(x), FIELD(stride_xn), FIELD(dloss), FIELD(y), FIELD(N), FIELD(V),
+      FIELD(ignore), FIELD(dtype)
+  };
+}
+
+template <>
+inline std::vector<Field<BiasGeluFwd>> fields_of() {
+  using Op = BiasGeluFwd;
+  return {
+      FIELD(y), FIELD(x), FIELD(stride_xn), FIELD(bias), FIELD(N), FIELD(C), FIELD(dtype)
+  };
+}
+
+template <>
+inline std::vector<Field<BiasGeluBwd>> fields_of() {
+  using Op = BiasGeluBwd;
+  return {
+      FIELD(dx), FIELD(dbias), FIELD(scratch), FIELD(dy), FIELD(stride_dyn), FIELD(x), FIELD(stride_xn),
+      FIELD(bias), FIELD(N), FIELD(C), FIELD(dtype)
+  };
+}
+
+template <>
+inline std::vector<Field<LayerNormFwd>> fields_of() {
+  using Op = LayerNormFwd;
+  return {
+      FIELD(y), FIELD(s), FIELD(mean), FIELD(rstd), FIELD(x), FIELD(stride_xn), FIELD(residual),
+      FIELD(stride_rn), FIELD(weight), FIELD(bias), FIELD(N), FIELD(C), FIELD(epsilon), FIELD(dtype),
+      FIELD(s_dtype), FIELD(y_dtype)
+  };
+}
+
+template <>
+inline std::vector<Field<LayerNormBwd>> fields_of() {
+  using Op = LayerNormBwd;
+  return {
+      FIELD(dx), FIELD(dresidual), FIELD(dweight_dbias), FIELD(scratch), FIELD(dy), FIELD(stride_dyn),
+      FIELD(ds), FIELD(stride_dsn), FIELD(s), FIELD(stride_sn), FIELD(weight), FIELD(mean), FIELD(rstd),
+      FIELD(N), FIELD(C), FIELD(dtype), FIELD(s_dtype), FIELD(y_dtype)
+  };
+}
+
+template <>
+inline std::vector<Field<Adamw>> fields_of() {
+  using Op = Adamw;
+  return {
+      FIELD(p), FIELD(g), FIELD(exp_avg), FIELD(exp_avg_sq), FIELD(scale), FIELD(n), FIELD(learning_rate),
+      FIELD(one_minus_beta1), FIELD(beta2), FIELD(one_minus_beta2), FIELD(epsilon), FIELD(weight_decay),
+      FIELD(bias_correction1), FIELD(bias_correction2)
+  };
+}
+
+template <>
+inline std::vector<Field<GradNorm>> fields_of() {
+  using Op = GradNorm;
+  return {
+      FIELD(norm), FIELD(scratch), FIELD(g), FIELD(n)
+  };
+}
+
+template <>
 inline std::vector<Field<AttentionFwd>> fields_of() {
   using Op = AttentionFwd;
   return {

@@ -9,10 +9,15 @@ from importlib import import_module
 __version__ = "0.1.0"
 
 _HOMES = {
+    "adamw_": "fastlm.ops",
     "attention": "fastlm.ops",
     "attention_qkv": "fastlm.ops",
+    "bias_gelu": "fastlm.ops",
     "cache_append_": "fastlm.ops",
     "decode_attention": "fastlm.ops",
+    "grad_norm": "fastlm.ops",
+    "layer_norm": "fastlm.ops",
+    "linear_xent": "fastlm.ops",
     "softmax_xent": "fastlm.ops",
     "use": "fastlm.ops",
     "GPT2": "fastlm.gpt2",

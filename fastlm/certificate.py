@@ -101,9 +101,44 @@ def _cache_append(random, to):
     return {"k_pages": k_pages, "v_pages": v_pages}
 
 
+def _bias_gelu(random, to):
+    x, bias, dy = to(random(40, 70)).requires_grad_(), to(random(70)).requires_grad_(), to(random(40, 70))
+    y = ops.bias_gelu(x, bias)
+    y.backward(dy)
+    return {"y": y.detach(), "dx": x.grad, "dbias": bias.grad}
+
+
+def _layer_norm(random, to):
+    x, residual, weight, bias = (to(random(*shape)).requires_grad_() for shape in ((40, 70), (40, 70), (70,), (70,)))
+    y, s = ops.layer_norm(x, weight, bias, residual=residual)
+    torch.autograd.backward((y, s), (to(random(40, 70)), to(random(40, 70))))
+    return {"y": y.detach(), "s": s.detach(), "dx": x.grad, "dweight": weight.grad, "dbias": bias.grad}
+
+
+def _linear_xent(random, to):
+    h, w, y = to(random(24, 32)).requires_grad_(), to(random(131, 32)).requires_grad_(), torch.arange(24) * 43 % 131
+    y[3] = -100
+    ops.linear_xent(h, w, y.to(h.device), reduction="sum").backward()
+    return {"dh": h.grad, "dw": w.grad}
+
+
+def _adamw(random, to):
+    wide = torch.promote_types(to(random(1)).dtype, torch.float32)
+    p, g, m = (to(random(1000)).to(wide) for _ in range(3))
+    v = m.square()
+    ops.adamw_(p, g, m, v, step=3, learning_rate=1e-2)
+    return {"p": p, "exp_avg": m, "exp_avg_sq": v}
+
+
+def _grad_norm(random, to):
+    g = to(random(1000))
+    return {"norm": ops.grad_norm(g.to(torch.promote_types(g.dtype, torch.float32)))[None]}
+
+
 CASES = {
     "softmax_xent": _softmax_xent, "attention": _attention,
-    "decode_attention": _decode_attention, "cache_append": _cache_append,
+    "decode_attention": _decode_attention, "cache_append": _cache_append, "bias_gelu": _bias_gelu,
+    "layer_norm": _layer_norm, "linear_xent": _linear_xent, "adamw": _adamw, "grad_norm": _grad_norm,
 }
 
 
@@ -172,7 +207,7 @@ def _step(model, tokens, targets):
             lambda module, inputs, output, index=index: layers.update({f"layer {index}": output.detach()})))
     model.zero_grad()
     try:
-        logits, loss = model(tokens, targets)
+        logits, loss = model(tokens)[0], model.loss(tokens, targets)
     finally:
         for hook in hooks:
             hook.remove()

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fastlm.config import GPT2Config
-from fastlm.ops import attention_qkv, softmax_xent
+from fastlm.ops import attention_qkv, bias_gelu, layer_norm, linear_xent, softmax_xent
 
 __all__ = ["GPT2", "GPT2Config"]
 
@@ -21,9 +21,25 @@ class Conv1D(nn.Module):
         self.weight = nn.Parameter(torch.empty(inputs, outputs).normal_(std=std))
         self.bias = nn.Parameter(torch.zeros(outputs))
 
-    def forward(self, x):
-        flat = torch.addmm(self.bias, x.reshape(-1, x.shape[-1]), self.weight)
+    def forward(self, x, bias=True):
+        flat = x.reshape(-1, x.shape[-1])
+        flat = torch.addmm(self.bias, flat, self.weight) if bias else torch.mm(flat, self.weight)
         return flat.view(*x.shape[:-1], self.weight.shape[1])
+
+
+class Embedding(nn.Embedding):
+    def forward(self, tokens, sparse=False):
+        return F.embedding(tokens, self.weight, sparse=sparse)
+
+
+class LayerNorm(nn.LayerNorm):
+    """x (B, T, C) normalised, in autocast's dtype where that is on; with a residual, x + residual, and the sum too."""
+
+    def forward(self, x, residual=None):
+        dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else None
+        flat = None if residual is None else residual.reshape(-1, x.shape[-1])
+        y = layer_norm(x.reshape(-1, x.shape[-1]), self.weight, self.bias, residual=flat, epsilon=self.eps, dtype=dtype)
+        return y.view(x.shape) if residual is None else (y[0].view(x.shape), y[1].view(x.shape))
 
 
 class Attention(nn.Module):
@@ -56,25 +72,26 @@ class MLP(nn.Module):
         self.c_proj = Conv1D(inner, C, config.initializer_range / (2 * L) ** 0.5)
 
     def forward(self, x):
-        x = self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
+        u = self.c_fc(x, bias=False)
+        x = self.c_proj(bias_gelu(u.view(-1, u.shape[-1]), self.c_fc.bias)).view(x.shape)
         return F.dropout(x, self.residual_dropout, self.training)
 
 
 class Block(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
-        self.ln_1 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.ln_1 = LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
         self.attn = Attention(config, layer)
-        self.ln_2 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.ln_2 = LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
         self.mlp = MLP(config)
 
     def forward(self, x, cache, seed):
-        x = x + self.attn(self.ln_1(x), cache, seed)
-        return x + self.mlp(self.ln_2(x))
+        normed, x = self.ln_2(self.attn(self.ln_1(x), cache, seed), x)
+        return x + self.mlp(normed)
 
 
 class GPT2(nn.Module):
-    """`model(tokens, targets)` → (logits (B, T, V), loss); `GPT2.from_pretrained`, `save_pretrained`, `generate`.
+    """`model(tokens, targets)` → (logits (B, T, V), loss); `loss`, `generate`, `from_pretrained`, `save_pretrained`.
 
     Parameter names and shapes are those of transformers' GPT2LMHeadModel. The head is tied: lm_head.weight is
     transformer.wte.weight. `quantised` is "int8" or "int4" where the weights are of that form (fastlm.quantised).
@@ -87,10 +104,10 @@ class GPT2(nn.Module):
         self.config = config
         V, C, std = config.vocab_size, config.n_embd, config.initializer_range
         self.transformer = nn.ModuleDict({
-            "wte": nn.Embedding.from_pretrained(torch.empty(V, C).normal_(std=std), freeze=False),
+            "wte": Embedding.from_pretrained(torch.empty(V, C).normal_(std=std), freeze=False),
             "wpe": nn.Embedding.from_pretrained(torch.empty(config.n_positions, C).normal_(std=std), freeze=False),
             "h": nn.ModuleList(Block(config, layer) for layer in range(config.n_layer)),
-            "ln_f": nn.LayerNorm(C, eps=config.layer_norm_epsilon),
+            "ln_f": LayerNorm(C, eps=config.layer_norm_epsilon),
         })
         self.lm_head = nn.Linear(C, V, bias=False, device="meta")
         self.tie_weights()
@@ -106,17 +123,18 @@ class GPT2(nn.Module):
     def dtype(self):
         return self.transformer.wte.weight.dtype
 
-    def hidden(self, tokens, *, positions=None, cache=None, seed=None):
+    def hidden(self, tokens, *, positions=None, cache=None, seed=None, sparse=False):
         """The final hidden states (B, T, C), normalised, of tokens (B, T) int64.
 
         positions (B, T) int64, 0 … T-1 unless given; cache, an object whose `attend(layer, qkv)` returns (B, T, H, D),
-        takes the place of causal attention; seed (4,) int64 names the attention dropout (drawn where it is needed).
+        takes the place of causal attention; seed (4,) int64 names the attention dropout (drawn where it is needed);
+        sparse: the embedding's gradient is a sparse tensor, for a caller that adds it to a dense one.
         """
         self.check_tokens(tokens, positions)
         if positions is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device)
         seeds = self._layer_seeds(seed) if self.training and self.config.attn_pdrop else [None] * self.config.n_layer
-        x = self.transformer.wte(tokens) + self.transformer.wpe(positions)
+        x = self.transformer.wte(tokens, sparse) + self.transformer.wpe(positions)
         x = F.dropout(x, self.config.embd_pdrop, self.training)
         for block, seed in zip(self.transformer.h, seeds):
             x = block(x, cache, seed)
@@ -136,12 +154,24 @@ class GPT2(nn.Module):
         names this step's attention dropout; without it one is drawn from torch's generator. Raises ValueError for
         wrong shapes, for sequences longer than n_positions and for ids outside the vocabulary.
         """
-        if targets is not None and targets.shape != tokens.shape:
-            raise ValueError(f"GPT2: targets have shape {tuple(targets.shape)}, but tokens {tuple(tokens.shape)}")
+        if targets is not None:
+            self._check_targets(tokens, targets)
         logits = self.lm_head(self.hidden(tokens, seed=seed))
         if targets is None:
             return logits, None
         return logits, softmax_xent(logits.view(-1, logits.shape[-1]), targets.reshape(-1))
+
+    def loss(self, tokens, targets, *, seed=None):
+        """The loss of `model(tokens, targets)` without its logits, which never exist as a whole: what to train with."""
+        self._check_targets(tokens, targets)
+        # The head's gradient for wte is there first, dense; the rows that the embedding adds are few beside it.
+        sparse = tokens.device.type == "cpu" and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        hidden = self.hidden(tokens, seed=seed, sparse=sparse)
+        return linear_xent(hidden.view(-1, hidden.shape[-1]), self.lm_head.weight, targets.reshape(-1))
+
+    def _check_targets(self, tokens, targets):
+        if targets.shape != tokens.shape:
+            raise ValueError(f"GPT2: targets have shape {tuple(targets.shape)}, but tokens {tuple(tokens.shape)}")
 
     def check_tokens(self, tokens, positions=None):
         """Raises ValueError unless tokens are int64 (B, T) with ids and length that this model has."""

@@ -11,6 +11,8 @@ except ImportError:  # the backend's why_not says what is missing
     _C = None
 
 _DECODE_SPLIT = 128  # csrc/fastlm.h, kDecodeSplit
+_COLUMN_ROWS = 32  # kColumnRows
+_NORM_PIECE = 65536  # kNormPiece
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # csrc/fastlm.h, DType
 
 
@@ -36,7 +38,10 @@ class Launchers:
         self._split_decoding = split_decoding
 
     def _run(self, op, tensor, **fields):
-        getattr(self._library, op)(**self._queue(tensor.device), dtype=_DTYPES[tensor.dtype], **fields)
+        self._plain(op, tensor.device, dtype=_DTYPES[tensor.dtype], **fields)
+
+    def _plain(self, op, device, **fields):
+        getattr(self._library, op)(**self._queue(device), **fields)
 
     def softmax_xent_fwd(self, x, y, ignore):
         N, V = x.shape
@@ -56,6 +61,88 @@ class Launchers:
             stride_xn=x.stride(0), y=y.data_ptr(), lse=lse.data_ptr(), N=N, V=V, ignore=ignore,
         )
         return dx
+
+    def softmax_xent_(self, x, dloss, y, ignore):
+        N, V = x.shape
+        loss = torch.empty(N, dtype=torch.float32, device=x.device)
+        lse = torch.empty(N, dtype=torch.float32, device=x.device)
+        self._run(
+            "softmax_xent_", x, loss=loss.data_ptr(), lse=lse.data_ptr(), x=x.data_ptr(), stride_xn=x.stride(0),
+            dloss=dloss.data_ptr(), y=y.data_ptr(), N=N, V=V, ignore=ignore,
+        )
+        return loss, lse
+
+    def bias_gelu_fwd(self, x, bias):
+        N, C = x.shape
+        y, wide = torch.empty(N, C, dtype=x.dtype, device=x.device), bias.float().contiguous()
+        self._run("bias_gelu_fwd", x, y=y.data_ptr(), x=x.data_ptr(), stride_xn=x.stride(0), bias=wide.data_ptr(),
+                  N=N, C=C)
+        return y
+
+    def bias_gelu_bwd(self, dy, x, bias):
+        N, C = x.shape
+        dx, wide = torch.empty(N, C, dtype=x.dtype, device=x.device), bias.float().contiguous()
+        dbias, scratch = self._column_sums(N, C, x.device)
+        self._run(
+            "bias_gelu_bwd", x, dx=dx.data_ptr(), dbias=dbias.data_ptr(), scratch=scratch.data_ptr(),
+            dy=dy.data_ptr(), stride_dyn=dy.stride(0), x=x.data_ptr(), stride_xn=x.stride(0), bias=wide.data_ptr(),
+            N=N, C=C,
+        )
+        return dx, dbias.to(bias.dtype)
+
+    def layer_norm_fwd(self, x, residual, weight, bias, epsilon, dtype):
+        N, C = x.shape
+        y = torch.empty(N, C, dtype=dtype, device=x.device)
+        mean, rstd = (torch.empty(N, dtype=torch.float32, device=x.device) for _ in range(2))
+        s = torch.empty(0, dtype=x.dtype, device=x.device)
+        if residual is not None:
+            s = torch.empty(N, C, dtype=residual.dtype, device=x.device)
+        w, b = weight.float().contiguous(), bias.float().contiguous()
+        self._run(
+            "layer_norm_fwd", x, y=y.data_ptr(), s=s.data_ptr(), mean=mean.data_ptr(), rstd=rstd.data_ptr(),
+            x=x.data_ptr(), stride_xn=x.stride(0), residual=0 if residual is None else residual.data_ptr(),
+            stride_rn=0 if residual is None else residual.stride(0), weight=w.data_ptr(), bias=b.data_ptr(), N=N, C=C,
+            epsilon=epsilon, s_dtype=_DTYPES[x.dtype if residual is None else residual.dtype], y_dtype=_DTYPES[dtype],
+        )
+        return y, s, mean, rstd
+
+    def layer_norm_bwd(self, dy, ds, s, weight, mean, rstd, dtype):
+        N, C = s.shape
+        dx = torch.empty(N, C, dtype=dtype, device=s.device)
+        dresidual = torch.empty(N if dtype != s.dtype else 0, C, dtype=s.dtype, device=s.device)
+        sums, scratch = self._column_sums(N, 2 * C, s.device)
+        w = weight.float().contiguous()
+        self._run(
+            "layer_norm_bwd", dx, dx=dx.data_ptr(), dresidual=dresidual.data_ptr() if dtype != s.dtype else 0,
+            dweight_dbias=sums.data_ptr(), scratch=scratch.data_ptr(), dy=dy.data_ptr(), stride_dyn=dy.stride(0),
+            ds=0 if ds is None else ds.data_ptr(), stride_dsn=0 if ds is None else ds.stride(0), s=s.data_ptr(),
+            stride_sn=s.stride(0), weight=w.data_ptr(), mean=mean.data_ptr(), rstd=rstd.data_ptr(), N=N, C=C,
+            s_dtype=_DTYPES[s.dtype], y_dtype=_DTYPES[dy.dtype],
+        )
+        dweight, dbias = sums.to(weight.dtype).split(C)
+        return dx, dresidual, dweight.clone(), dbias.clone()
+
+    def _column_sums(self, N, width, device):
+        """(sums (width,), scratch) of what adds up over N rows."""
+        blocks = -(-N // _COLUMN_ROWS)
+        return (torch.empty(width, dtype=torch.float32, device=device),
+                torch.empty(blocks, width, dtype=torch.float32, device=device))
+
+    def adamw_(self, p, g, exp_avg, exp_avg_sq, scale, step, learning_rate, beta1, beta2, epsilon, weight_decay):
+        self._plain(
+            "adamw_", p.device, p=p.data_ptr(), g=g.data_ptr(), exp_avg=exp_avg.data_ptr(),
+            exp_avg_sq=exp_avg_sq.data_ptr(), scale=0 if scale is None else scale.data_ptr(), n=p.numel(),
+            learning_rate=learning_rate, one_minus_beta1=1 - beta1, beta2=beta2, one_minus_beta2=1 - beta2,
+            epsilon=epsilon, weight_decay=weight_decay, bias_correction1=1 - beta1**step,
+            bias_correction2=1 - beta2**step,
+        )
+
+    def grad_norm(self, g):
+        norm = torch.empty((), dtype=torch.float32, device=g.device)
+        scratch = torch.empty(-(-g.numel() // _NORM_PIECE), dtype=torch.float32, device=g.device)
+        self._plain("grad_norm", g.device, norm=norm.data_ptr(), scratch=scratch.data_ptr(), g=g.data_ptr(),
+                    n=g.numel())
+        return norm
 
     def attention_fwd(self, q, k, v, causal, scale, dropout, seed):
         (B, T, H, D), S = q.shape, k.shape[1]
@@ -144,3 +231,12 @@ if _C is not None:
             },
             split_decoding=True,
         )
+
+
+def keep_heap(*, large=True):
+    """Memory that is freed stays with this process, as a training step wants it on a CPU: the next step takes it again.
+
+    large: blocks above 32 MiB too, which are else mapped, and filled with zeros by the system, at every allocation.
+    False where the kernels are not built or the C library cannot; nothing is changed then.
+    """
+    return _C is not None and _C.cpu.keep_heap(large=large)

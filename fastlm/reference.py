@@ -1,5 +1,7 @@
 """The oracle: every op written plainly in PyTorch, in the dtype's own arithmetic with statistics in fp32 or fp64."""
 
+import math
+
 import torch
 
 from fastlm.philox import keep_mask
@@ -21,6 +23,80 @@ def softmax_xent_bwd(dloss, x, y, lse, ignore):
     dx = (dx - (vocab == y[:, None]).to(dx.dtype)) * dloss[:, None]
     dx = dx.masked_fill(~inside[:, None], float("nan")).masked_fill(ignored[:, None], 0.0)
     return dx.to(x.dtype)
+
+
+def softmax_xent_(x, dloss, y, ignore):
+    loss, lse = softmax_xent_fwd(x, y, ignore)
+    x.copy_(softmax_xent_bwd(dloss, x, y, lse, ignore))
+    return loss, lse
+
+
+def linear_xent_fwd(h, w, y, ignore):
+    return softmax_xent_fwd(h @ w.to(h.dtype).t(), y, ignore)
+
+
+def linear_xent_bwd(dloss, h, w, y, lse, ignore):
+    narrow = w.to(h.dtype)
+    dx = softmax_xent_bwd(dloss, h @ narrow.t(), y, lse, ignore)
+    return dx @ narrow, (dx.t() @ h).to(w.dtype)
+
+
+def linear_xent_grad(h, w, y, ignore, mean):
+    loss, lse = linear_xent_fwd(h, w, y, ignore)
+    share = 1 / (y != ignore).sum().to(loss.dtype) if mean else torch.ones((), dtype=loss.dtype, device=loss.device)
+    total = loss.sum() / (y != ignore).sum() if mean else loss.sum()
+    return total, *linear_xent_bwd(share.expand(len(loss)), h, w, y, lse, ignore)
+
+
+def bias_gelu_fwd(x, bias):
+    wide = torch.promote_types(x.dtype, torch.float32)
+    u = x.to(wide) + bias.to(wide)
+    return (0.5 * u * (1 + torch.tanh(_gelu_argument(u)))).to(x.dtype)
+
+
+def bias_gelu_bwd(dy, x, bias):
+    wide = torch.promote_types(x.dtype, torch.float32)
+    u = x.to(wide) + bias.to(wide)
+    t = torch.tanh(_gelu_argument(u))
+    steep = (2 / math.pi) ** 0.5 * (1 + 3 * 0.044715 * u * u)
+    dx = dy.to(wide) * (0.5 * (1 + t) + torch.where(t.abs() == 1, 0.0, 0.5 * u * (1 - t * t) * steep))
+    return dx.to(x.dtype), dx.sum(0).to(bias.dtype)
+
+
+def _gelu_argument(u):
+    return (2 / math.pi) ** 0.5 * (u + 0.044715 * u * u * u)
+
+
+def layer_norm_fwd(x, residual, weight, bias, epsilon, dtype):
+    s = x if residual is None else (x.to(residual.dtype) + residual)
+    wide = torch.promote_types(s.dtype, torch.float32)
+    s_ = s.to(wide)
+    mean = s_.mean(1)
+    rstd = 1 / ((s_ - mean[:, None]).square().mean(1) + epsilon).sqrt()
+    y = (s_ - mean[:, None]) * rstd[:, None] * weight.to(wide) + bias.to(wide)
+    return y.to(dtype), s if residual is not None else x.new_empty(0), mean, rstd
+
+
+def layer_norm_bwd(dy, ds, s, weight, mean, rstd, dtype):
+    h = (s.to(mean.dtype) - mean[:, None]) * rstd[:, None]
+    dy = dy.to(mean.dtype)
+    g = dy * weight.to(mean.dtype)
+    dx = (g - g.mean(1, keepdim=True) - h * (g * h).mean(1, keepdim=True)) * rstd[:, None]
+    dx = dx if ds is None else dx + ds.to(mean.dtype)
+    dresidual = dx.to(s.dtype) if dtype != s.dtype else dx.new_empty(0, dtype=s.dtype)
+    return dx.to(dtype), dresidual, (dy * h).sum(0).to(weight.dtype), dy.sum(0).to(weight.dtype)
+
+
+def adamw_(p, g, exp_avg, exp_avg_sq, scale, step, learning_rate, beta1, beta2, epsilon, weight_decay):
+    g = g if scale is None else g * scale
+    exp_avg.add_((1 - beta1) * (g - exp_avg))
+    exp_avg_sq.copy_(beta2 * exp_avg_sq + (1 - beta2) * g * g)
+    root = (exp_avg_sq / (1 - beta2**step)).sqrt()
+    p.copy_(p * (1 - learning_rate * weight_decay) - learning_rate * (exp_avg / (1 - beta1**step)) / (root + epsilon))
+
+
+def grad_norm(g):
+    return g.square().sum().sqrt()
 
 
 def _scores(q, k, causal, scale):

@@ -27,6 +27,53 @@ def softmax_xent_bwd(dloss, x, y, lse, ignore):
     return dx.to(x.dtype)
 
 
+def softmax_xent_(x, dloss, y, ignore):
+    loss, lse = softmax_xent_fwd(x, y, ignore)
+    x.copy_(softmax_xent_bwd(dloss, x, y, lse, ignore))
+    return loss, lse
+
+
+def bias_gelu_fwd(x, bias):
+    return F.gelu(x + bias.to(x.dtype), approximate="tanh")
+
+
+def bias_gelu_bwd(dy, x, bias):
+    dx = aten.gelu_backward(dy, x + bias.to(x.dtype), approximate="tanh")
+    return dx, dx.sum(0, dtype=torch.promote_types(x.dtype, torch.float32)).to(bias.dtype)
+
+
+def layer_norm_fwd(x, residual, weight, bias, epsilon, dtype):
+    s = x if residual is None else residual + x
+    w, b = weight.to(s.dtype), bias.to(s.dtype)
+    y, mean, rstd = aten.native_layer_norm(s, s.shape[1:], w, b, epsilon)
+    statistics = torch.promote_types(s.dtype, torch.float32)  # the CPU gives those of bf16 in bf16
+    if mean.dtype != statistics:
+        _, mean, rstd = aten.native_layer_norm(s.to(statistics), s.shape[1:], None, None, epsilon)
+    return y.to(dtype), s if residual is not None else x.new_empty(0), mean[:, 0], rstd[:, 0]
+
+
+def layer_norm_bwd(dy, ds, s, weight, mean, rstd, dtype):
+    wide = mean.dtype
+    dx, dweight, dbias = aten.native_layer_norm_backward(
+        dy.to(wide), s.to(wide), s.shape[1:], mean[:, None], rstd[:, None], weight.to(wide), weight.to(wide),
+        [True, True, True])
+    dx = dx if ds is None else dx + ds
+    dresidual = dx.to(s.dtype) if dtype != s.dtype else dx.new_empty(0, dtype=s.dtype)
+    return dx.to(dtype), dresidual, dweight.to(weight.dtype), dbias.to(weight.dtype)
+
+
+def adamw_(p, g, exp_avg, exp_avg_sq, scale, step, learning_rate, beta1, beta2, epsilon, weight_decay):
+    g = g if scale is None else g * scale
+    torch._fused_adamw_(
+        [p], [g], [exp_avg], [exp_avg_sq], [], [torch.tensor(float(step), device=p.device)], lr=learning_rate,
+        beta1=beta1, beta2=beta2, weight_decay=weight_decay, eps=epsilon, amsgrad=False, maximize=False,
+    )
+
+
+def grad_norm(g):
+    return torch.linalg.vector_norm(g)
+
+
 def _bottom_right_mask(q, k):
     """What is added to the scores where T < S: fp (T, S), 0 where query t sees key s ≤ t + S - T."""
     T, S = q.shape[1], k.shape[1]

@@ -46,7 +46,7 @@ def step(model, tokens, targets):
     """logits, loss and {name: gradient} of one forward and backward of either model."""
     model.zero_grad()
     if isinstance(model, fastlm.GPT2):
-        logits, loss = model(tokens, targets)
+        logits, loss = model(tokens)[0], model.loss(tokens, targets)
     else:
         logits = model(tokens).logits
         loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())

@@ -40,7 +40,7 @@ def test_a_forced_backend_serves_every_op_that_has_it():
     "arguments, told",
     [
         (("opencl",), "no backend 'opencl'; the backends are cuda, triton, cpu"),
-        ({"matmul": "cpu"}, "no op 'matmul'; the ops are attention"),
+        ({"matmul": "cpu"}, "no op 'matmul'; the ops are adamw, attention"),
         ({"cache_append": "triton"}, "cache_append has no triton kernel; it has cuda, cpu, torch, reference"),
     ],
 )
@@ -111,9 +111,10 @@ def test_calls_of_a_model_step():
     for backend in ("torch", "reference", "cpu"):
         if dispatch.why_not("attention_fwd", backend) is not None:
             continue
-        with fastlm.use(backend), dispatch.record() as calls:
-            model(tokens, tokens)[1].backward()
-        assert dict(calls) == {
-            ("attention_qkv_fwd", backend): 3, ("attention_qkv_bwd", backend): 3,
-            ("softmax_xent_fwd", backend): 1, ("softmax_xent_bwd", backend): 1,
-        }
+        layers = {"attention_qkv": 3, "bias_gelu": 3, "layer_norm": 7}
+        for loss, calls_of_it in ((lambda: model(tokens, tokens)[1], {"softmax_xent_fwd": 1, "softmax_xent_bwd": 1}),
+                                  (lambda: model.loss(tokens, tokens), {"linear_xent_grad": 1})):
+            with fastlm.use(backend), dispatch.record() as calls:
+                loss().backward()
+            wanted = {f"{op}_{way}": count for op, count in layers.items() for way in ("fwd", "bwd")} | calls_of_it
+            assert dict(calls) == {(op, backend): count for op, count in wanted.items()}

@@ -209,7 +209,7 @@ def test_quantised_models(model, kind, T, monkeypatch):
         got = engine.Engine(model, cache).every(tokens)
         plain = model(tokens)[0]
         product, head = Conv1D.forward, torch.nn.Linear.forward
-        monkeypatch.setattr(Conv1D, "forward", lambda self, x: product(self, rounded(x)))
+        monkeypatch.setattr(Conv1D, "forward", lambda self, x, **bias: product(self, rounded(x), **bias))
         monkeypatch.setattr(torch.nn.Linear, "forward", lambda self, x: head(self, rounded(x)))
         wanted = model(tokens)[0]
     # A number that lies between two int8 falls to this side or that: 1/254 of the largest, in few.

@@ -45,7 +45,8 @@ def test_the_forced_backend_runs_and_stays_forced(model, name):
         assert dispatch.forced("attention") == name
     L = model.config.n_layer
     assert dict(calls) == {
-        ("cache_append_", name): 3 * L, ("attention_qkv_fwd", name): L, ("decode_attention", name): 2 * L
+        ("cache_append_", name): 3 * L, ("attention_qkv_fwd", name): L, ("decode_attention", name): 2 * L,
+        ("bias_gelu_fwd", name): 3 * L, ("layer_norm_fwd", name): 3 * (2 * L + 1),
     }
 
 
@@ -151,8 +152,10 @@ def test_warmup_chooses_every_kernel_and_changes_nothing(training):
     dispatch._forget()
     assert fastlm.warmup(model, [(2, 16), (1, 1)]) > 0
     chosen = {name for name, row in dispatch.TABLE.items() if row.chosen}
-    used = {"softmax_xent_fwd", "softmax_xent_bwd", "attention_qkv_fwd", "attention_qkv_bwd"} if training else {
-        "attention_qkv_fwd", "cache_append_", "decode_attention"}
+    used = {"attention_qkv_fwd", "bias_gelu_fwd", "layer_norm_fwd"} | ({
+        "softmax_xent_fwd", "softmax_xent_bwd", "attention_qkv_bwd", "bias_gelu_bwd", "layer_norm_bwd",
+        "linear_xent_grad",
+    } if training else {"cache_append_", "decode_attention"})
     assert chosen == used
     assert all(torch.equal(*pair) for pair in zip(before, model.parameters()))
     assert all(p.grad is None for p in model.parameters()) and torch.equal(state, torch.get_rng_state())

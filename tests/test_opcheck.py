@@ -1,5 +1,7 @@
 """Every op as torch sees it: opcheck, gradcheck, torch.compile."""
 
+import functools
+
 import pytest
 import torch
 import torch._dynamo.testing
@@ -33,6 +35,23 @@ def samples():
         loss, lse = torch.ops.fastlm.softmax_xent_fwd(x, labels, -100)
         yield "softmax_xent_fwd", (x, labels, -100)
         yield "softmax_xent_bwd", (torch.ones_like(loss), x, labels, lse, -100)
+        yield "softmax_xent_", (x, torch.ones_like(loss), labels, -100)
+        bias, w = torch.randn(7, device=DEVICE), torch.randn(5, 7, device=DEVICE)
+        yield "bias_gelu_fwd", (x, bias)
+        yield "bias_gelu_bwd", (x, x, bias)
+        for residual, dtype in ((None, torch.float32), (x, torch.float32), (x, torch.bfloat16)):
+            y_, s, mean, rstd = torch.ops.fastlm.layer_norm_fwd(x, residual, bias, bias, 1e-5, dtype)
+            yield "layer_norm_fwd", (x, residual, bias, bias, 1e-5, dtype)
+            yield "layer_norm_bwd", (y_, residual, x if residual is None else s, bias, mean, rstd, torch.float32)
+        h = x.contiguous()
+        yield "linear_xent_fwd", (h, w, labels, -100)
+        yield "linear_xent_bwd", (torch.ones_like(loss), h, w, labels, lse, -100)
+        for mean in (True, False) if len(h) else (False,):  # the mean over no rows is NaN
+            yield "linear_xent_grad", (h, w, labels, -100, mean)
+    flat = [torch.rand(9, device=DEVICE) for _ in range(4)]
+    for scale in (None, torch.tensor(0.5, device=DEVICE)):
+        yield "adamw_", (*flat, scale, 2, 1e-3, 0.9, 0.95, 1e-8, 0.1)
+    yield "grad_norm", (flat[0],)
     options = [(1, 0.3, 0.0, None), (0, 0.3, 0.0, None), (2, 0.3, 0.25, torch.tensor([1, 2, 3, 4], device=DEVICE))]
     shapes = [{"layout": layout} for layout in ("cut", "permuted", "offset")] + [{"B": 0}, {"T": 3, "S": 6}, {"T": 0}]
     for shape in shapes:
@@ -80,6 +99,20 @@ def test_gradcheck_softmax_xent(backend):
 
 
 @pytest.mark.parametrize("backend", ["reference", "torch"])
+def test_gradcheck_of_the_training_ops(backend):
+    x, residual, w, b, head = (torch.randn(*shape, dtype=torch.float64, requires_grad=True)
+                               for shape in ((4, 5), (4, 5), (5,), (5,), (7, 5)))
+    y = torch.tensor([0, 4, -100, 2])
+    with fastlm.use(backend):
+        assert torch.autograd.gradcheck(fastlm.bias_gelu, (x, b))
+        assert torch.autograd.gradcheck(fastlm.layer_norm, (x, w, b))
+        assert torch.autograd.gradcheck(lambda *t: fastlm.layer_norm(*t[:3], residual=t[3]), (x, w, b, residual))
+        for reduction in ("mean", "sum", "none"):
+            loss = functools.partial(fastlm.linear_xent, y=y, reduction=reduction)
+            assert torch.autograd.gradcheck(loss, (x, head))
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch"])
 @pytest.mark.parametrize("T, S, causal", [(4, 4, True), (3, 6, True), (6, 3, True), (4, 6, "top-left"), (3, 4, False)])
 def test_gradcheck_attention(backend, T, S, causal):
     q, k, v = (tensor.detach().double().requires_grad_() for tensor in qkv(1, T, S, 2, 4))
@@ -93,19 +126,21 @@ def small_model(**changes):
     return fastlm.GPT2(fastlm.GPT2Config(**off, **sizes)).to(DEVICE)
 
 
-def test_compiled_model_trains_a_step_with_the_same_loss():
+@pytest.mark.parametrize("method", ["forward", "loss"])
+def test_compiled_model_trains_a_step_with_the_same_loss(method):
     torch._dynamo.reset()
     torch.manual_seed(1)
     model, twin = small_model(), small_model()
     twin.load_state_dict(model.state_dict())
     tokens = torch.randint(61, (2, 9), device=DEVICE)
-    compiled = torch.compile(twin, fullgraph=True)
+    compiled = torch.compile(getattr(twin, method), fullgraph=True)
     losses = []
-    for net, call in ((model, model), (twin, compiled)):
+    for net, call in ((model, getattr(model, method)), (twin, compiled)):
         optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
         for _ in range(2):
             optimizer.zero_grad()
-            loss = call(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())[1]
+            found = call(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())
+            loss = found[1] if isinstance(found, tuple) else found
             loss.backward()
             optimizer.step()
             losses.append(float(loss.detach()))

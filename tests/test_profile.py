@@ -17,10 +17,10 @@ from fastlm.measure.roofs import Roofs
 TINY = {"L": 1, "H": 2, "C": 32, "V": 97, "B": 1, "T": 8}
 PRODUCTS = {"fp32": 100e9, "bf16": 200e9, "fp16": 1e9}
 SOME = Roofs(copy=20e9, read=25e9, products=PRODUCTS, launch=1e-6, taken=0.0)
-BLOCK = {"h.0", "h.0.ln_1", "h.0.attn", "h.0.ln_2", "h.0.mlp", "embedding", "ln_f", "lm_head", "step"}
+BLOCK = {"h.0", "h.0.ln_1", "h.0.attn", "h.0.ln_2", "h.0.mlp", "embedding", "ln_f", "step"}
 RANGES = {
     "train": BLOCK | {"loss", "backward", "optimizer"},
-    "generate": BLOCK | {"prefill", "decode", "draw"},
+    "generate": BLOCK | {"lm_head", "prefill", "decode", "draw"},
 }
 
 
@@ -59,10 +59,10 @@ def test_a_profile_has_the_ranges_and_accounts_for_the_whole_time(program, dtype
     steps = sum(e["dur"] for e in trace["traceEvents"] if e.get("name") == "step" and e["ph"] == "X")
     assert whole == pytest.approx(steps * 1e-6 / 2, rel=1e-3)  # of a step
     assert sum(times.total() for times in parts.values()) == pytest.approx(whole)
-    assert {"attn", "mlp", "ln", "embedding", "head", "residual"} <= parts.keys()
+    assert {"attn", "mlp", "ln", "embedding", "residual"} <= parts.keys()
     if program == "train":
         assert {"loss", "optimizer", "gradients"} <= parts.keys()
-        for part in ("attn", "mlp", "ln", "embedding", "head", "loss"):  # backward finds its way to the parts
+        for part in ("attn", "mlp", "ln", "embedding", "loss"):  # backward finds its way to the parts
             assert parts[part].keys() == {"forward", "backward"}
         assert parts["optimizer"].keys() == {"optimizer"}
     else:
@@ -147,14 +147,14 @@ def test_hooks_are_gone_afterwards_even_when_the_step_raises(monkeypatch, tmp_pa
     assert hooks(made[0]) == 0 and (tmp_path / "t.json").is_file()
     calls = []
 
-    def failing(x, approximate):
+    def failing(x, bias):
         calls.append(hooks(made[-1]))
         if len(calls) > 1:  # beyond the warm-up, within h.0.mlp
             raise RuntimeError("boom")
         return x.tanh()
 
     (tmp_path / "t.json").unlink()
-    monkeypatch.setattr("fastlm.gpt2.F.gelu", failing)
+    monkeypatch.setattr("fastlm.gpt2.bias_gelu", failing)
     with pytest.raises(RuntimeError, match="boom"):
         profile_run.run(plan)
     assert calls[0] == 0 < calls[1] and hooks(made[1]) == 0

@@ -142,6 +142,45 @@ def test_same_bits(backend):
         assert all(torch.equal(a, b) for a, b in zip(first, torch.ops.fastlm.softmax_xent_fwd(x, y, -100)))
 
 
+@pytest.mark.parametrize("dtype", numerics.DTYPES, ids=str)
+@pytest.mark.parametrize("V", (1, 37, 8193, 50257))
+def test_the_gradient_over_the_logits(backend, V, dtype):
+    x, y = numerics.inputs("normal", (3, V), dtype), labels(3, V)
+    _, dx_true = truth(x, y)
+    leaf = x.to(DEVICE).requires_grad_()
+    logits = leaf * 1
+    loss = fastlm.softmax_xent(logits, y.to(DEVICE), reduction="sum", overwrite=True)
+    loss.backward()
+    lse = torch.logsumexp(x.float(), 1)
+    slope = reference.softmax_xent_bwd(torch.ones_like(lse), x, y, lse, -100)
+    numerics.close("softmax_xent dx", backend, leaf.grad.cpu(), slope, dx_true, backward=True)
+    torch.testing.assert_close(loss.detach().cpu(), F.cross_entropy(x.float(), y, reduction="sum"))
+    assert torch.equal(logits.detach(), leaf.grad)  # one buffer serves both
+
+
+def test_overwriting_and_what_comes_before_and_behind(backend):
+    x, y = torch.randn(6, 37, device=DEVICE, requires_grad=True), labels(6, 37).to(DEVICE)
+    wanted = torch.autograd.grad(5 * fastlm.softmax_xent(x * 2, y), x)
+    torch.testing.assert_close(torch.autograd.grad(5 * fastlm.softmax_xent(x * 2, y, overwrite=True), x), wanted)
+    logits = x * 2
+    with torch.no_grad():  # nothing to write
+        assert fastlm.softmax_xent(logits, y, overwrite=True) == fastlm.softmax_xent(x * 2, y)
+        assert torch.equal(logits, x * 2)
+
+
+def test_logits_that_somebody_else_needs_are_not_overwritten_silently():
+    x = torch.randn(3, 5, requires_grad=True)
+    logits = x * 2
+    other = logits.exp().sum() + (logits * logits).sum()  # keeps the logits for its backward
+    loss = fastlm.softmax_xent(logits, torch.tensor([0, 1, 2]), overwrite=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        (other + loss).backward()
+    with pytest.raises(ValueError, match="x is a leaf, whose values would be lost"):
+        fastlm.softmax_xent(x, torch.tensor([0, 1, 2]), overwrite=True)
+    with pytest.raises(ValueError, match="overwrite=True needs reduction 'mean' or 'sum', got 'none'"):
+        fastlm.softmax_xent(x * 1, torch.tensor([0, 1, 2]), overwrite=True, reduction="none")
+
+
 def test_labels_are_checked():
     with pytest.raises(ValueError, match=r"label 5 at \[1\], wanted 0 ≤ label < 5"):
         fastlm.softmax_xent(torch.zeros(2, 5), torch.tensor([0, 5]))

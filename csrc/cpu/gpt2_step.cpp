@@ -12,6 +12,7 @@
 #include <cmath>
 #include <vector>
 
+#include "gelu.h"
 #include "isa.h"
 #include "panel.h"
 #include "phases.h"
@@ -108,12 +109,6 @@ inline void normalise(float* to, const float* row, const float* w, const float* 
   const float rstd = 1.0f / std::sqrt(variance / float(C) + epsilon);
   for (c = 0; c + kLanes <= C; c += kLanes) store(to + c, (load(row + c) - mean) * rstd * load(w + c) + load(b + c));
   for (; c < C; c++) to[c] = (row[c] - mean) * rstd * w[c] + b[c];
-}
-
-// gelu(x) = x σ(2 √(2/π) (x + 0.044715 x³)), the tanh form
-inline Floats gelu(Floats x) {
-  const Floats z = x * (x * x * 0.044715f + 1.0f) * -1.5957691216f;
-  return x / (exp(select(z > 80.0f, broadcast(80.0f), z)) + 1.0f);
 }
 
 // Row m of the activations from fp32 (K,).

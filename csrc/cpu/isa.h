@@ -7,6 +7,13 @@
 #define FASTLM_CPU_OPS(X)               \
   X(softmax_xent_fwd, SoftmaxXentFwd)   \
   X(softmax_xent_bwd, SoftmaxXentBwd)   \
+  X(softmax_xent_, SoftmaxXentBoth)     \
+  X(bias_gelu_fwd, BiasGeluFwd)         \
+  X(bias_gelu_bwd, BiasGeluBwd)         \
+  X(layer_norm_fwd, LayerNormFwd)       \
+  X(layer_norm_bwd, LayerNormBwd)       \
+  X(adamw_, Adamw)                      \
+  X(grad_norm, GradNorm)                \
   X(attention_fwd, AttentionFwd)        \
   X(attention_bwd, AttentionBwd)        \
   X(decode_attention, DecodeAttention)  \

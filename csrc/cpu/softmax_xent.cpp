@@ -7,6 +7,7 @@
 // A thread owns a row. Forward sweeps it twice, for the maximum and for the sum; a row (201 KB at V = 50257, fp32)
 // stays in the core's second-level cache between the sweeps, so main memory is read once. Backward reads x once and
 // writes dx once, past the caches where rows are long: dx is not needed again before they have been refilled.
+// In place both are done while the row lies in the cache: one read and one write in all.
 #include "isa.h"
 #include "parallel.h"
 #include "simd.h"
@@ -54,16 +55,20 @@ float row_sum_exp(const T* x, int64_t V, float m) {
 }
 
 template <class T>
+void row_loss(float* loss, float* lse, const T* x, int64_t V, int64_t y, int64_t ignore) {
+  const float m = row_maximum(x, V);
+  const bool finite = m - m == 0;
+  const float log_sum = finite ? std::log(row_sum_exp(x, V, m)) : 0.0f;
+  *lse = m + log_sum;
+  // Not lse - x[y]: where logits are large, lse has been rounded to their size.
+  *loss = y == ignore ? 0.0f : y < 0 || y >= V || !finite ? kNaN : log_sum - (to_float(x[y]) - m);
+}
+
+template <class T>
 void fwd(const SoftmaxXentFwd& op, int threads) {
   for_each(op.N, 8 * op.V, threads, [&](int64_t n) {
     const T* x = static_cast<const T*>(op.x) + n * op.stride_xn;  // (V,)
-    const float m = row_maximum(x, op.V);
-    const bool finite = m - m == 0;
-    const float log_sum = finite ? std::log(row_sum_exp(x, op.V, m)) : 0.0f;
-    const int64_t y = op.y[n];
-    op.lse[n] = m + log_sum;
-    // Not lse - x[y]: where logits are large, lse has been rounded to their size.
-    op.loss[n] = y == op.ignore ? 0.0f : y < 0 || y >= op.V || !finite ? kNaN : log_sum - (to_float(x[y]) - m);
+    row_loss(op.loss + n, op.lse + n, x, op.V, op.y[n], op.ignore);
   });
 }
 
@@ -98,21 +103,34 @@ void row_gradient(T* dx, const T* x, int64_t V, float lse, float dloss) {
   if (v < V) store_tail(dx + v, exp(load_tail(x + v, V - v, -kInfinity) - lse) * dloss, V - v);
 }
 
+// The gradient of a row, with what stands in place of it where the label is ignored or wrong.
+template <class T>
+void row_bwd(T* dx, const T* x, int64_t V, int64_t y, int64_t ignore, float lse, float dloss) {
+  if (y == ignore || y < 0 || y >= V) {
+    const T fill = from_float<T>(y == ignore ? 0.0f : kNaN);
+    for (int64_t v = 0; v < V; v++) dx[v] = fill;
+    return;
+  }
+  const float at_label = (exp(broadcast(to_float(x[y]) - lse))[0] - 1.0f) * dloss;  // before dx overwrites x
+  row_gradient(dx, x, V, lse, dloss);
+  dx[y] = from_float<T>(at_label);
+}
+
 template <class T>
 void bwd(const SoftmaxXentBwd& op, int threads) {
   for_each(op.N, 8 * op.V, threads, [&](int64_t n) {
     const T* x = static_cast<const T*>(op.x) + n * op.stride_xn;  // (V,)
     T* dx = static_cast<T*>(op.dx) + n * op.stride_dxn;           // (V,)
-    const int64_t y = op.y[n];
-    const float lse = op.lse[n], dloss = op.dloss[n];
-    if (y == op.ignore || y < 0 || y >= op.V) {
-      const T fill = from_float<T>(y == op.ignore ? 0.0f : kNaN);
-      for (int64_t v = 0; v < op.V; v++) dx[v] = fill;
-      return;
-    }
-    const float at_label = (exp(broadcast(to_float(x[y]) - lse))[0] - 1.0f) * dloss;  // before dx overwrites x
-    row_gradient(dx, x, op.V, lse, dloss);
-    dx[y] = from_float<T>(at_label);
+    row_bwd(dx, x, op.V, op.y[n], op.ignore, op.lse[n], op.dloss[n]);
+  });
+}
+
+template <class T>
+void both(const SoftmaxXentBoth& op, int threads) {
+  for_each(op.N, 16 * op.V, threads, [&](int64_t n) {
+    T* x = static_cast<T*>(op.x) + n * op.stride_xn;  // (V,)
+    row_loss(op.loss + n, op.lse + n, x, op.V, op.y[n], op.ignore);
+    row_bwd(x, x, op.V, op.y[n], op.ignore, op.lse[n], op.dloss[n]);
   });
 }
 
@@ -131,6 +149,14 @@ void softmax_xent_bwd(const SoftmaxXentBwd& op, int threads) {
     case DType::f32: return bwd<float>(op, threads);
     case DType::bf16: return bwd<Bf16>(op, threads);
     case DType::f16: return bwd<Fp16>(op, threads);
+  }
+}
+
+void softmax_xent_(const SoftmaxXentBoth& op, int threads) {
+  switch (op.dtype) {
+    case DType::f32: return both<float>(op, threads);
+    case DType::bf16: return both<Bf16>(op, threads);
+    case DType::f16: return both<Fp16>(op, threads);
   }
 }
 

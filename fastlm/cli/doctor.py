@@ -117,9 +117,24 @@ def _samples(device):
         x = q.detach().requires_grad_()
         ops.attention(x, x, x).sum().backward()
 
+    x, w, y = torch.randn(3, 16, **usual), torch.randn(37, 16, **usual), torch.tensor([0, 36, -100], device=device)
+    flat = [torch.rand(5, device=device) for _ in range(4)]
+
+    def trained(function):
+        def run():
+            leaf = x.detach().requires_grad_()
+            function(leaf).sum().backward()
+
+        return run
+
     return {
         "softmax_xent": softmax_xent,
         "attention": attention,
+        "bias_gelu": trained(lambda x: ops.bias_gelu(x, w[0])),
+        "layer_norm": trained(lambda x: ops.layer_norm(x, w[0], w[1])),
+        "linear_xent": trained(lambda x: ops.linear_xent(x, w, y)),
+        "adamw": lambda: ops.adamw_(*flat, step=1, learning_rate=1e-3),
+        "grad_norm": lambda: ops.grad_norm(flat[0]),
         "decode_attention": lambda: ops.decode_attention(q, pages, pages, table, lengths),
         "cache_append": lambda: ops.cache_append_(pages, pages.clone(), q, q, table, positions),
     }

@@ -6,7 +6,7 @@ import typer
 
 
 def explain(
-    op: Annotated[str, typer.Argument(help="softmax_xent, attention, decode_attention or cache_append.")],
+    op: Annotated[str, typer.Argument(help="One of fastlm's ops, e.g. attention.")],
     shape: Annotated[str | None, typer.Option(help="Sizes in place of the usual, e.g. B=8,T=1024.")] = None,
     dtype: Annotated[str, typer.Option(help="fp32, bf16 or fp16.")] = "bf16",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",

@@ -27,7 +27,8 @@ def warmup(model, shapes):
         for B, T in shapes:
             tokens = torch.zeros(B, T, dtype=torch.int64, device=model.device)
             if model.training:
-                torch.autograd.grad(model(tokens, tokens)[1], list(model.parameters()))
+                loss = model(tokens, tokens)[1] + model.loss(tokens, tokens)
+                torch.autograd.grad(loss, list(model.parameters()))
             else:
                 _generate(model, tokens)
     if devices:

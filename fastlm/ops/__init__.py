@@ -1,9 +1,15 @@
 """The public ops: each checks its arguments once, knows its gradient, and makes one call."""
 
 from fastlm.dispatch import use  # from here, so that the table is full when a backend is chosen
+from fastlm.ops.adamw import adamw_
 from fastlm.ops.attention import attention, attention_qkv
+from fastlm.ops.bias_gelu import bias_gelu
 from fastlm.ops.cache_append import cache_append_
 from fastlm.ops.decode_attention import decode_attention
+from fastlm.ops.grad_norm import grad_norm
+from fastlm.ops.layer_norm import layer_norm
+from fastlm.ops.linear_xent import linear_xent
 from fastlm.ops.softmax_xent import softmax_xent
 
-__all__ = ["attention", "attention_qkv", "cache_append_", "decode_attention", "softmax_xent", "use"]
+__all__ = ["adamw_", "attention", "attention_qkv", "bias_gelu", "cache_append_", "decode_attention", "grad_norm",
+           "layer_norm", "linear_xent", "softmax_xent", "use"]

@@ -16,7 +16,7 @@ ORDER = {"cpu": ("cpu", "torch", "reference"), "cuda": ("torch", "triton", "cuda
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def softmax_xent(x, y, *, ignore=-100, reduction="mean"):
+def softmax_xent(x, y, *, ignore=-100, reduction="mean", overwrite=False):
     """The cross-entropy loss of logits against labels, as torch.nn.functional.cross_entropy defines it.
 
     x (N, V) logits in fp32, bf16 or fp16 (fp64 on `torch` and `reference`), rows any distance apart; y (N,) int64
@@ -24,14 +24,24 @@ def softmax_xent(x, y, *, ignore=-100, reduction="mean"):
     where all are) and "sum", (N,) for "none": fp32 in nats (fp64 for fp64). Statistics are fp32; an ignored row has
     loss 0 and gradient 0. Raises ValueError or TypeError before anything is computed; labels that lie on a GPU are
     not read back: a wrong one gives a NaN loss. Differentiable once, in x.
+
+    overwrite: where x needs a gradient, it is written over x at once, one read and one write in all; only for "mean"
+    and "sum", and for logits that nobody else looks at: x is no longer the logits.
     """
     check("softmax_xent", x=(x, "N V"), y=(y, "N"))
     check_dtype("softmax_xent", (*KERNEL_DTYPES, torch.float64), x=x)
     check_dtype("softmax_xent", (torch.int64,), y=y)
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"softmax_xent: reduction is {reduction!r}, wanted 'mean', 'sum' or 'none'")
-    if y.device.type == "cpu" and not torch.compiler.is_compiling():
-        _check_labels(y, x.shape[1], ignore)
+    if overwrite and reduction == "none":
+        raise ValueError("softmax_xent: overwrite=True needs reduction 'mean' or 'sum', got 'none'")
+    check_labels("softmax_xent", y, x.shape[1], ignore)
+    if overwrite and x.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        if x.is_leaf:
+            raise ValueError("softmax_xent: overwrite=True, but x is a leaf, whose values would be lost")
+        if inner_contiguous(x) is not x:
+            raise ValueError(f"softmax_xent: overwrite=True needs stride 1 along V, got strides {x.stride()}")
+        return _Overwriting.apply(x, y.contiguous(), ignore, reduction == "mean")
     loss, _ = _SoftmaxXent.apply(x, y, ignore)
     if reduction == "none":
         return loss
@@ -39,12 +49,15 @@ def softmax_xent(x, y, *, ignore=-100, reduction="mean"):
     return total if reduction == "sum" else total / (y != ignore).sum()
 
 
-def _check_labels(y, vocab, ignore):
+def check_labels(op, y, vocab, ignore):
+    """Raises ValueError for a label outside [0, vocab) that is not `ignore`, where labels lie on the host."""
+    if y.device.type != "cpu" or torch.compiler.is_compiling():
+        return
     wrong = ((y < 0) | (y >= vocab)) & (y != ignore)
     if wrong.any():
         n = int(wrong.nonzero()[0])
         raise ValueError(
-            f"softmax_xent: label {int(y[n])} at [{n}], wanted 0 ≤ label < {vocab} or ignore={ignore}; "
+            f"{op}: label {int(y[n])} at [{n}], wanted 0 ≤ label < {vocab} or ignore={ignore}; "
             "were the labels made with another vocabulary?"
         )
 
@@ -65,6 +78,29 @@ class _SoftmaxXent(torch.autograd.Function):
         refuse_double_backward("softmax_xent")
         x, y, lse = ctx.saved_tensors
         return _bwd(dloss.contiguous(), inner_contiguous(x), y.contiguous(), lse, ctx.ignore), None, None
+
+
+class _Overwriting(torch.autograd.Function):
+    """The summed or mean loss; x holds its gradient from then on."""
+
+    @staticmethod
+    def forward(ctx, x, y, ignore, mean):
+        count = (y != ignore).sum()
+        share = (1 / count if mean else torch.ones((), device=x.device)).to(torch.promote_types(x.dtype, torch.float32))
+        loss, _ = _both(x.detach(), share.expand(len(y)).contiguous(), y, ignore)
+        torch.autograd.graph.increment_version(x)  # whoever kept the logits for a backward of his own is told
+        ctx.save_for_backward(x)
+        return loss.sum() / count if mean else loss.sum()
+
+    @staticmethod
+    def backward(ctx, dloss):
+        refuse_double_backward("softmax_xent")
+        (x,) = ctx.saved_tensors
+        dx = x.detach()
+        if not (dloss.device.type == "cpu" and float(dloss) == 1.0):
+            dx.mul_(dloss)
+            torch.autograd.graph.increment_version(x)
+        return dx, None, None, None
 
 
 def _key(x, *_):
@@ -102,4 +138,9 @@ _fwd = define(
 _bwd = define(
     "softmax_xent_bwd(Tensor dloss, Tensor x, Tensor y, Tensor lse, int ignore) -> Tensor dx",
     **_ROW, key=_bwd_key, limits=_bwd_limits, fake=_bwd_fake,
+)
+_both = define(
+    "softmax_xent_(Tensor(a!) x, Tensor dloss, Tensor y, int ignore) -> (Tensor loss, Tensor lse)",
+    family="softmax_xent", kernels={name: home for name, home in KERNELS.items() if name not in ("cuda", "triton")},
+    order=ORDER, key=_key, limits=_limits, fake=lambda x, dloss, y, ignore: _fwd_fake(x, y, ignore),
 )

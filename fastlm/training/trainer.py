@@ -15,16 +15,17 @@ from pathlib import Path
 
 import torch
 
-from fastlm import dispatch
+from fastlm import dispatch, native
 from fastlm.config import GPT2Config
 from fastlm.data.loader import Loader
 from fastlm.data.prepare import MANIFEST, load_manifest, prepare
 from fastlm.data.shards import read_split
 from fastlm.data.tokenizer import Tokenizer
 from fastlm.gpt2 import GPT2
+from fastlm.ops import adamw_
 from fastlm.training import checkpoint
 from fastlm.training.config import TrainConfig
-from fastlm.training.optimizer import learning_rate, make_optimizer
+from fastlm.training.optimizer import AdamW, learning_rate
 
 MOST_SKIPPED = 10  # steps in a row without a finite gradient before the run gives up
 EVAL_TOKENS = 8192  # tokens evaluated at a time
@@ -54,7 +55,7 @@ class Trainer:
         )
         torch.manual_seed(config.seed)
         self.model = self._make_model(vocab).to(self.device)
-        self.optimizer = make_optimizer(self.model, config)
+        self.optimizer = AdamW(self.model, config)
         self.step, self.skipped, self.skipped_in_a_row = 0, 0, 0
         self.loss_sum, self.loss_steps = 0.0, 0  # since the last evaluation
         self.metrics_bytes = 0
@@ -62,7 +63,7 @@ class Trainer:
         if resumed is not None:
             self._restore(*resumed)
         self.backends = resumed[3]["backends"] if resumed else self._resolve_backends()
-        self._forward = torch.compile(self.model) if config.compile else self.model
+        self._loss = torch.compile(self.model.loss) if config.compile else self.model.loss
 
     @classmethod
     def resume(cls, out, *, report=None, **changes):
@@ -110,7 +111,9 @@ class Trainer:
         state = torch.get_rng_state()
         with dispatch.record() as calls, self._autocast():
             tokens = torch.zeros(1, 2, dtype=torch.int64, device=self.device)
-            self.model(tokens, tokens)[1].backward()
+            self.model.loss(tokens, tokens).backward()
+            self.optimizer.gradients()
+            adamw_(*(torch.zeros(1, device=self.device) for _ in range(4)), step=1, learning_rate=0.0)
         self.optimizer.zero_grad()
         torch.set_rng_state(state)
         return {dispatch.TABLE[op].family: backend for op, backend in calls}
@@ -127,6 +130,8 @@ class Trainer:
         config = self.config
         self.out.mkdir(parents=True, exist_ok=True)
         config.dump(self.out / "train.json")
+        if self.device.type == "cpu":
+            native.keep_heap()
         with dispatch.use(**self.backends), self._signals():
             if self.step == 0:
                 self._log(self._first_loss(), self.evaluate(), None, None)
@@ -155,8 +160,6 @@ class Trainer:
     def train_step(self):
         """One optimizer step; (loss, gradient norm) as floats. A step without a finite gradient changes nothing."""
         config, step = self.config, self.step
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(step, config)
         self.model.train()
         micro, total = config.micro_batch or config.batch_size, 0.0
         for first in range(0, config.batch_size, micro):
@@ -165,18 +168,19 @@ class Trainer:
             seed = torch.tensor([config.seed, step, 0, index]) if config.dropout else None
             tokens, targets, seed = (None if t is None else t.to(self.device) for t in (tokens, targets, seed))
             with self._autocast():
-                loss = self._forward(tokens, targets, seed=seed)[1]
-            loss = loss * (count / config.batch_size)  # every sequence has as many targets
+                loss = self._loss(tokens, targets, seed=seed)
+            if count < config.batch_size:
+                loss = loss * (count / config.batch_size)  # every sequence has as many targets
             loss.backward()
             total = total + loss.detach()
-        norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.grad_clip))
-        total = float(total)
+        gradients = self.optimizer.gradients()
+        norm, total = float(gradients[1]), float(total)
         finite = math.isfinite(norm) and math.isfinite(total)
         if finite:
-            self.optimizer.step()
+            self.optimizer.step(*gradients, learning_rate(step, config))
             self.skipped_in_a_row = 0
             self.loss_sum, self.loss_steps = self.loss_sum + total, self.loss_steps + 1
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad()
         self.step += 1
         if not finite:
             self._skip(total, norm)
@@ -198,7 +202,7 @@ class Trainer:
         total, count = 0.0, 0
         for tokens, targets in self.val_data.whole(max(1, EVAL_TOKENS // self.config.sequence_length)):
             with self._autocast():
-                loss = self.model(tokens.to(self.device), targets.to(self.device))[1]
+                loss = self.model.loss(tokens.to(self.device), targets.to(self.device))
             total, count = total + float(loss) * targets.numel(), count + targets.numel()
         return total / count
 
@@ -207,7 +211,7 @@ class Trainer:
         self.model.eval()
         tokens, targets, _ = self.train_data.batch(0, 0, self.config.micro_batch or self.config.batch_size)
         with self._autocast():
-            return float(self.model(tokens.to(self.device), targets.to(self.device))[1])
+            return float(self.model.loss(tokens.to(self.device), targets.to(self.device)))
 
     def _log(self, train_loss, val_loss, norm, tokens_per_second):
         row = {
@@ -229,10 +233,7 @@ class Trainer:
     def save(self):
         """Writes a checkpoint and makes OUT the model of this step."""
         parameters = dict(self.model.named_parameters())
-        moments = {}
-        for name, parameter in parameters.items():
-            for key, value in self.optimizer.state[parameter].items():
-                moments[f"{key}.{name}"] = value.detach().cpu()
+        moments = {key: value.cpu() for key, value in self.optimizer.state().items()}
         moments["rng.cpu"] = torch.get_rng_state()
         if self.device.type == "cuda":
             moments["rng.cuda"] = torch.cuda.get_rng_state(self.device)
@@ -256,8 +257,7 @@ class Trainer:
         with torch.no_grad():
             for name, parameter in parameters.items():
                 parameter.copy_(weights[name])
-                keys = [key for key in ("step", "exp_avg", "exp_avg_sq") if f"{key}.{name}" in moments]
-                self.optimizer.state[parameter] = {key: moments[f"{key}.{name}"].to(self.device) for key in keys}
+        self.optimizer.load(moments)
         torch.set_rng_state(moments["rng.cpu"])
         if "rng.cuda" in moments and self.device.type == "cuda":
             torch.cuda.set_rng_state(moments["rng.cuda"], self.device)

@@ -1,0 +1,54 @@
+"""bias_gelu: a bias and GELU in one pass, as GPT-2's MLP has them between its two products."""
+
+import torch
+
+from fastlm.checks import check, check_dtype, inner_contiguous, refuse_double_backward
+from fastlm.dispatch import define
+
+KERNELS = {"cpu": "fastlm.native:cpu", "torch": "fastlm.vendor", "reference": "fastlm.reference"}
+ORDER = {"cpu": ("cpu", "torch", "reference"), "cuda": ("torch", "reference")}
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def bias_gelu(x, bias):
+    """gelu(x + bias) in the tanh form of GPT-2: u/2 (1 + tanh(√(2/π) (u + 0.044715 u³))).
+
+    x (N, C) in fp32, bf16 or fp16 (fp64 on `torch` and `reference`), rows any distance apart; bias (C,) in x's dtype
+    or fp32. Returns (N, C) in x's dtype. Raises ValueError or TypeError before anything is computed. Differentiable
+    once, in both; the bias's gradient adds up in fp32.
+    """
+    check("bias_gelu", x=(x, "N C"), bias=(bias, "C"))
+    check_dtype("bias_gelu", (*KERNEL_DTYPES, torch.float64), x=x)
+    check_dtype("bias_gelu", (x.dtype, torch.float32), bias=bias)
+    return _BiasGelu.apply(x, bias)
+
+
+class _BiasGelu(torch.autograd.Function):
+    @staticmethod
+    def forward(x, bias):
+        return _fwd(inner_contiguous(x), bias)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx, dy):
+        refuse_double_backward("bias_gelu")
+        x, bias = ctx.saved_tensors
+        return _bwd(inner_contiguous(dy), inner_contiguous(x), bias)
+
+
+def _limits(backend, x, *_):
+    if backend == "cpu" and x.dtype not in KERNEL_DTYPES:
+        return f"the {backend} kernel takes float32, bfloat16 or float16, got {x.dtype}"
+    return None
+
+
+_ROW = {"family": "bias_gelu", "kernels": KERNELS, "order": ORDER, "key": lambda x, *_: (x.device, x.dtype),
+        "limits": _limits}
+_fwd = define("bias_gelu_fwd(Tensor x, Tensor bias) -> Tensor y", **_ROW, fake=lambda x, bias: x.new_empty(x.shape))
+_bwd = define(
+    "bias_gelu_bwd(Tensor dy, Tensor x, Tensor bias) -> (Tensor dx, Tensor dbias)",
+    **_ROW, fake=lambda dy, x, bias: (x.new_empty(x.shape), bias.new_empty(bias.shape)),
+)

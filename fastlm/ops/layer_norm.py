@@ -1,0 +1,109 @@
+"""layer_norm: normalisation over the last dimension, with the addition of a residual before it in the same pass."""
+
+import torch
+
+from fastlm.checks import check, check_dtype, inner_contiguous, refuse_double_backward
+from fastlm.dispatch import define
+
+KERNELS = {"cpu": "fastlm.native:cpu", "torch": "fastlm.vendor", "reference": "fastlm.reference"}
+ORDER = {"cpu": ("cpu", "torch", "reference"), "cuda": ("torch", "reference")}
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def layer_norm(x, weight, bias, *, residual=None, epsilon=1e-5, dtype=None):
+    """(s - mean) / √(variance + epsilon) · weight + bias of every row of s = x, or of s = x + residual.
+
+    x (N, C) in fp32, bf16 or fp16 (fp64 on `torch` and `reference`), rows any distance apart; residual (N, C) in x's
+    dtype or fp32; weight and bias (C,) in the dtype of x or of residual, or fp32. Returns y (N, C) in `dtype` (that of
+    s unless given); with a residual (y, s), s in the residual's dtype, to be added to next. Mean and variance are fp32.
+    Raises ValueError or TypeError before anything is computed. Differentiable once, in all tensors.
+    """
+    extra = {} if residual is None else {"residual": (residual, "N C")}
+    check("layer_norm", x=(x, "N C"), **extra, weight=(weight, "C"), bias=(bias, "C"))
+    check_dtype("layer_norm", (*KERNEL_DTYPES, torch.float64), x=x)
+    if residual is not None:
+        check_dtype("layer_norm", (x.dtype, torch.float32), residual=residual)
+    s_dtype = x.dtype if residual is None else residual.dtype
+    check_dtype("layer_norm", (x.dtype, s_dtype, torch.float32), weight=weight, bias=bias)
+    dtype = s_dtype if dtype is None else dtype
+    if dtype not in (x.dtype, s_dtype, *KERNEL_DTYPES):
+        raise TypeError(f"layer_norm: dtype is {dtype}, wanted float32, bfloat16 or float16")
+    if residual is None:
+        return _LayerNorm.apply(x, weight, bias, epsilon, dtype)[0]
+    return _AddLayerNorm.apply(x, residual, weight, bias, epsilon, dtype)[:2]
+
+
+class _LayerNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(x, weight, bias, epsilon, dtype):
+        y, _, mean, rstd = _fwd(inner_contiguous(x), None, weight, bias, epsilon, dtype)
+        return y, mean, rstd
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, weight = inputs[:2]
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.save_for_backward(x, weight, *output[1:])
+
+    @staticmethod
+    def backward(ctx, dy, *_):
+        refuse_double_backward("layer_norm")
+        x, weight, mean, rstd = ctx.saved_tensors
+        dx, _, dweight, dbias = _bwd(inner_contiguous(dy), None, inner_contiguous(x), weight, mean, rstd, x.dtype)
+        return dx, dweight, dbias, None, None
+
+
+class _AddLayerNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(x, residual, weight, bias, epsilon, dtype):
+        return _fwd(inner_contiguous(x), inner_contiguous(residual), weight, bias, epsilon, dtype)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, _, weight = inputs[:3]
+        ctx.dtype = x.dtype
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*output[2:])
+        ctx.save_for_backward(weight, *output[1:])
+
+    @staticmethod
+    def backward(ctx, dy, ds, *_):
+        refuse_double_backward("layer_norm")
+        weight, s, mean, rstd = ctx.saved_tensors
+        if dy is None:  # what was normalised was not used
+            return None if ds is None else ds.to(ctx.dtype), ds, None, None, None, None
+        ds = None if ds is None else inner_contiguous(ds)
+        dx, dresidual, dweight, dbias = _bwd(inner_contiguous(dy), ds, s, weight, mean, rstd, ctx.dtype)
+        return dx, dx if ctx.dtype == s.dtype else dresidual, dweight, dbias, None, None
+
+
+def _limits(backend, *args):
+    wrong = [arg.dtype for arg in args if isinstance(arg, torch.Tensor) and arg.dtype not in KERNEL_DTYPES]
+    if backend == "cpu" and wrong:
+        return f"the {backend} kernel takes float32, bfloat16 or float16, got {wrong[0]}"
+    return None
+
+
+def _fwd_fake(x, residual, weight, bias, epsilon, dtype):
+    statistics = torch.promote_types(x.dtype if residual is None else residual.dtype, torch.float32)
+    s = x.new_empty(0) if residual is None else residual.new_empty(residual.shape)
+    return (x.new_empty(x.shape, dtype=dtype), s, *(x.new_empty(x.shape[:1], dtype=statistics) for _ in range(2)))
+
+
+def _bwd_fake(dy, ds, s, weight, mean, rstd, dtype):
+    dresidual = s.new_empty(s.shape) if dtype != s.dtype else s.new_empty(0, s.shape[1])
+    return s.new_empty(s.shape, dtype=dtype), dresidual, weight.new_empty(weight.shape), weight.new_empty(weight.shape)
+
+
+_ROW = {"family": "layer_norm", "kernels": KERNELS, "order": ORDER, "limits": _limits}
+_fwd = define(
+    "layer_norm_fwd(Tensor x, Tensor? residual, Tensor weight, Tensor bias, float epsilon, ScalarType dtype)"
+    " -> (Tensor y, Tensor s, Tensor mean, Tensor rstd)",
+    **_ROW, key=lambda x, residual, *_: (x.device, x.dtype, None if residual is None else residual.dtype),
+    fake=_fwd_fake,
+)
+_bwd = define(
+    "layer_norm_bwd(Tensor dy, Tensor? ds, Tensor s, Tensor weight, Tensor mean, Tensor rstd, ScalarType dtype)"
+    " -> (Tensor dx, Tensor dresidual, Tensor dweight, Tensor dbias)",
+    **_ROW, key=lambda dy, ds, s, *_: (s.device, dy.dtype, s.dtype), fake=_bwd_fake,
+)

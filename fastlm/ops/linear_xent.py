@@ -1,0 +1,102 @@
+"""linear_xent: the cross-entropy of logits h wᵀ that never exist as a whole, with the gradients of h and w."""
+
+import torch
+
+from fastlm.checks import check, check_dtype, refuse_double_backward
+from fastlm.dispatch import define
+from fastlm.ops.softmax_xent import check_labels
+
+KERNELS = {"cpu": "fastlm.chunked:cpu", "torch": "fastlm.chunked:torch_", "reference": "fastlm.reference"}
+ORDER = {"cpu": ("cpu", "torch", "reference"), "cuda": ("torch", "reference")}
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def linear_xent(h, w, y, *, ignore=-100, reduction="mean"):
+    """softmax_xent(h wᵀ, y): the loss of hidden states under a head, logits made a chunk of rows at a time.
+
+    h (N, C) in fp32, bf16 or fp16 (fp64 on `torch` and `reference`); w (V, C) in h's dtype or fp32, taken in h's dtype
+    by the products; y (N,) int64 labels in [0, V), or `ignore`. Reductions and results are those of softmax_xent, and
+    so are the errors. Under autocast h is taken in its dtype. Differentiable once, in h and w, each gradient in its
+    tensor's dtype, w's added up in fp32. For "mean" and "sum" the gradients are computed with the loss (three
+    products); for "none" the backward makes the logits again (four).
+    """
+    check("linear_xent", h=(h, "N C"), w=(w, "V C"), y=(y, "N"))
+    check_dtype("linear_xent", (*KERNEL_DTYPES, torch.float64), h=h)
+    if torch.is_autocast_enabled(h.device.type) and h.dtype in KERNEL_DTYPES:
+        h = h.to(torch.get_autocast_dtype(h.device.type))
+    check_dtype("linear_xent", (h.dtype, torch.float32), w=w)
+    check_dtype("linear_xent", (torch.int64,), y=y)
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f"linear_xent: reduction is {reduction!r}, wanted 'mean', 'sum' or 'none'")
+    check_labels("linear_xent", y, w.shape[0], ignore)
+    h, w, y = h.contiguous(), w.contiguous(), y.contiguous()
+    if reduction == "none" or not (torch.is_grad_enabled() and (h.requires_grad or w.requires_grad)):
+        loss, _ = _LinearXent.apply(h, w, y, ignore)
+        if reduction == "none":
+            return loss
+        return loss.sum() if reduction == "sum" else loss.sum() / (y != ignore).sum()
+    return _LinearXentGrad.apply(h, w, y, ignore, reduction == "mean")[0]
+
+
+class _LinearXent(torch.autograd.Function):
+    @staticmethod
+    def forward(h, w, y, ignore):
+        return _fwd(h, w, y, ignore)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        h, w, y, ctx.ignore = inputs
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(h, w, y, output[1])
+
+    @staticmethod
+    def backward(ctx, dloss, _):
+        refuse_double_backward("linear_xent")
+        return (*_bwd(dloss.contiguous(), *ctx.saved_tensors, ctx.ignore), None, None)
+
+
+class _LinearXentGrad(torch.autograd.Function):
+    @staticmethod
+    def forward(h, w, y, ignore, mean):
+        return _grad(h, w, y, ignore, mean)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.save_for_backward(*output[1:])
+
+    @staticmethod
+    def backward(ctx, dloss, *_):
+        refuse_double_backward("linear_xent")
+        dh, dw = ctx.saved_tensors
+        if not torch.compiler.is_compiling() and dloss.device.type == "cpu" and float(dloss) == 1.0:
+            return dh, dw, None, None, None  # as they are: a copy of w's gradient costs as much as AdamW's read of it
+        return dh * dloss, dw * dloss, None, None, None
+
+
+def _limits(backend, h, *_):
+    if backend == "cpu" and h.dtype not in KERNEL_DTYPES:
+        return f"the {backend} kernel takes float32, bfloat16 or float16, got {h.dtype}"
+    return None
+
+
+def _loss_fake(h):
+    return h.new_empty(h.shape[:1], dtype=torch.promote_types(h.dtype, torch.float32))
+
+
+_ROW = {"family": "linear_xent", "kernels": KERNELS, "order": ORDER}
+_KEY = {"key": lambda h, *_: (h.device, h.dtype), "limits": _limits}
+_fwd = define(
+    "linear_xent_fwd(Tensor h, Tensor w, Tensor y, int ignore) -> (Tensor loss, Tensor lse)",
+    **_ROW, **_KEY, fake=lambda h, w, y, ignore: (_loss_fake(h), _loss_fake(h)),
+)
+_bwd = define(
+    "linear_xent_bwd(Tensor dloss, Tensor h, Tensor w, Tensor y, Tensor lse, int ignore) -> (Tensor dh, Tensor dw)",
+    **_ROW, key=lambda dloss, h, *_: (h.device, h.dtype), limits=lambda backend, dloss, h, *_: _limits(backend, h),
+    fake=lambda dloss, h, w, *_: (h.new_empty(h.shape), w.new_empty(w.shape)),
+)
+_grad = define(
+    "linear_xent_grad(Tensor h, Tensor w, Tensor y, int ignore, bool mean) -> (Tensor loss, Tensor dh, Tensor dw)",
+    **_ROW, **_KEY,
+    fake=lambda h, w, *_: (_loss_fake(h).new_empty(()), h.new_empty(h.shape), w.new_empty(w.shape)),
+)

@@ -1,0 +1,157 @@
+"""linear_xent against PyTorch and fp64, on every backend; logits exist for a chunk alone."""
+
+import numerics
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import DEVICE
+
+import fastlm
+from fastlm import chunked
+
+FAMILY = "linear_xent"
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch):
+    monkeypatch.setattr(chunked, "CHUNK", 16)
+
+
+def operands(N, C, V, dtype, w_dtype=None, kind="normal"):
+    h, w = numerics.inputs(kind, (N, C), dtype), numerics.inputs("normal", (V, C), w_dtype or dtype, 1) * C**-0.5
+    y = torch.randint(V, (N,), generator=torch.Generator().manual_seed(2))
+    if N > 2:
+        y[1] = -100
+    return h, w, y
+
+
+def results(function, h, w, y, reduction):
+    h, w = h.detach().requires_grad_(), w.detach().requires_grad_()
+    loss = function(h, w, y, reduction)
+    loss.backward(torch.ones_like(loss))
+    return {"loss": loss.detach().reshape(-1), "dh": h.grad, "dw": w.grad}
+
+
+def composition(h, w, y, reduction):
+    return F.cross_entropy((h @ w.to(h.dtype).t()).to(torch.promote_types(h.dtype, torch.float32)), y,
+                           reduction=reduction)
+
+
+def check(h, w, y, backend, reduction):
+    truth = results(composition, h.double(), w.to(h.dtype).double(), y, reduction)
+    composed = results(composition, h, w, y, reduction)
+    got = results(lambda *a: fastlm.linear_xent(*a[:3], reduction=a[3]), h.to(DEVICE), w.to(DEVICE), y.to(DEVICE),
+                  reduction)
+    for what, value in got.items():
+        assert value.dtype == composed[what].dtype, what
+        # A loss is made of logits that were rounded to h's dtype.
+        held = value if what != "loss" else value.to(h.dtype)
+        by = composed[what] if what != "loss" else composed[what].to(h.dtype)
+        numerics.close(f"linear_xent {what}", backend, held.cpu(), by, truth[what], backward=what[0] == "d")
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("dtype", numerics.DTYPES, ids=str)
+@pytest.mark.parametrize("N, C, V", [(1, 3, 1), (5, 7, 11), (16, 8, 97), (17, 32, 65), (50, 16, 257)])
+def test_sizes(backend, N, C, V, dtype, reduction):
+    check(*operands(N, C, V, dtype), backend, reduction)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("dtype", numerics.DTYPES[1:], ids=str)
+def test_wide_weights_have_a_wide_gradient(backend, dtype, reduction):
+    check(*operands(40, 24, 129, dtype, torch.float32), backend, reduction)
+
+
+def test_gpt2s_vocabulary(backend):
+    check(*operands(3, 16, 50257, torch.float32), backend, "mean")
+
+
+def test_a_gradient_of_the_loss_scales_both(backend):
+    h, w, y = (t.to(DEVICE) for t in operands(20, 8, 31, torch.float32))
+    h.requires_grad_(), w.requires_grad_()
+    once = torch.autograd.grad(fastlm.linear_xent(h, w, y), (h, w))
+    thrice = torch.autograd.grad(3 * fastlm.linear_xent(h, w, y), (h, w))
+    for a, b in zip(once, thrice):
+        torch.testing.assert_close(3 * a, b)
+
+
+def test_two_backwards_through_one_graph(backend):
+    h, w, y = (t.to(DEVICE) for t in operands(20, 8, 31, torch.float32))
+    h.requires_grad_(), w.requires_grad_()
+    loss = fastlm.linear_xent(h, w, y)
+    loss.backward(retain_graph=True)
+    first = h.grad.clone(), w.grad.clone()
+    loss.backward()
+    torch.testing.assert_close((h.grad, w.grad), (2 * first[0], 2 * first[1]))
+
+
+@pytest.mark.parametrize("missing", ["h", "w"])
+def test_one_gradient_alone(backend, missing):
+    h, w, y = (t.to(DEVICE) for t in operands(20, 8, 31, torch.float32))
+    (w if missing == "h" else h).requires_grad_()
+    fastlm.linear_xent(h, w, y).backward()
+    assert (h.grad is None) == (missing == "h") and (w.grad is None) == (missing == "w")
+
+
+def test_without_gradients_the_loss_is_the_same(backend):
+    h, w, y = (t.to(DEVICE) for t in operands(20, 8, 31, torch.float32))
+    plain = fastlm.linear_xent(h, w, y)
+    torch.testing.assert_close(plain, fastlm.linear_xent(h.requires_grad_(), w, y).detach())
+
+
+def test_all_ignored(backend):
+    h, w, _ = (t.to(DEVICE) for t in operands(3, 4, 5, torch.float32))
+    y = torch.full((3,), 7, device=DEVICE)
+    h.requires_grad_()
+    assert fastlm.linear_xent(h, w, y, ignore=7).isnan()
+    loss = fastlm.linear_xent(h, w, y, ignore=7, reduction="sum")
+    loss.backward()
+    assert loss == 0 and (h.grad == 0).all()
+
+
+def test_zero_rows(backend):
+    h, w = torch.randn(0, 4, device=DEVICE, requires_grad=True), torch.randn(5, 4, device=DEVICE, requires_grad=True)
+    loss = fastlm.linear_xent(h, w, torch.zeros(0, dtype=torch.int64, device=DEVICE), reduction="sum")
+    loss.backward()
+    assert loss == 0 and (w.grad == 0).all() and h.grad.shape == (0, 4)
+
+
+def test_logits_never_exist_as_a_whole(backend):
+    """The largest tensor that is made is (V, C), or the logits of a chunk."""
+    if backend == "reference":
+        pytest.skip("the oracle is written plainly")
+    from torch.profiler import ProfilerActivity, profile
+
+    h, w, y = operands(256, 8, 4096, torch.float32)
+    h.requires_grad_(), w.requires_grad_()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        fastlm.linear_xent(h, w, y).backward()
+    made = [event for event in profiler.events() if event.name in ("aten::empty", "aten::new_empty")]
+    largest = max(event.cpu_memory_usage for event in made)
+    assert 4 * 16 * 4096 <= largest < 4 * 256 * 4096 / 4
+
+
+@pytest.mark.parametrize(
+    "change, error, told",
+    [
+        ({"w": torch.zeros(5, 3)}, ValueError, "w has C=3, but h has C=4"),
+        ({"y": torch.zeros(3, dtype=torch.int64)}, ValueError, "y has N=3, but h has N=2"),
+        ({"y": torch.zeros(2)}, TypeError, "y is torch.float32, wanted int64"),
+        ({"y": torch.tensor([0, 5])}, ValueError, r"linear_xent: label 5 at \[1\], wanted 0 ≤ label < 5"),
+        ({"w": torch.zeros(5, 4).half()}, TypeError, "w is torch.float16, wanted float32"),
+        ({"reduction": "avg"}, ValueError, "reduction is 'avg'"),
+    ],
+)
+def test_bad_input(change, error, told):
+    given = {"h": torch.zeros(2, 4), "w": torch.zeros(5, 4), "y": torch.zeros(2, dtype=torch.int64), **change}
+    with pytest.raises(error, match=told):
+        fastlm.linear_xent(given.pop("h"), given.pop("w"), given.pop("y"), **given)
+
+
+def test_double_backward_is_refused():
+    h, w, y = operands(4, 4, 5, torch.float32)
+    h.requires_grad_()
+    for reduction in ("mean", "none"):
+        with pytest.raises(RuntimeError, match="differentiable once"):
+            torch.autograd.grad(fastlm.linear_xent(h, w, y, reduction=reduction).sum(), h, create_graph=True)
