@@ -10,11 +10,12 @@ from fastlm.measure import tuned
 from fastlm.numerics import DTYPES
 
 
-def explanation(case):
-    """Lines on every torch op that a case calls: the backend chosen, its launch, and why each other one is not."""
+def explanation(cases):
+    """Lines on every torch op that cases call: the backend chosen, its launch, and why each other one is not."""
     torch.manual_seed(0)
     with _Calls() as calls:
-        case.ours(*(case.check or case.operands)())
+        for case in cases:
+            case.ours(*(case.check or case.operands)())
     for name, args in calls.seen.items():
         row = dispatch.TABLE[name]
         chosen = dispatch.choice(row, *args)

@@ -26,7 +26,7 @@ def explain(
     for case in whole.values():
         harness.plan(case, device)
     console, roof = Console(), roofs(device)
-    for line in explanation(list(whole.values())[-1]):
+    for line in explanation(whole.values()):
         console.print(line, highlight=False, soft_wrap=True)
     console.print()
     for case in whole.values():
