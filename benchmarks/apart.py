@@ -1,9 +1,11 @@
-"""Cases measured in a process of their own.
+"""Work in a process of its own, asked for by messages: cases of the suite, or a contender's training steps.
 
 What the heap of a process looks like decides for its whole life how fast a program that allocates is (whether large
-temporaries are mapped anew at every call, three times the time at worst). A second process is a second throw.
+temporaries are mapped anew at every call, three times the time at worst). A second process is a second throw, and a
+contender alone in one has the heap that it has with its users.
 """
 
+import importlib
 import json
 import subprocess
 import sys
@@ -30,28 +32,29 @@ work()
 """
 
 
-class Apart:
-    """A process that measures cases of the suite (ops, device, shape, dtypes); a context manager, so that it ends."""
+class Process:
+    """Another process, in which `function` of a module of benchmarks makes a handler of `arguments`, all of them JSON.
 
-    def __init__(self, ops, device, shape, dtypes):
+    ask(**message) returns what the handler answers. Raises ValueError for what the handler or its maker refuses,
+    RuntimeError where the process ended. A context manager, so that it ends.
+    """
+
+    def __init__(self, module, function, **arguments):
         script = WORK if _editable() else PIN.format(package=str(Path(fastlm.__file__).parent.parent)) + WORK
+        self.name = f"{module}.{function}"
         self.process = subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                                         text=True)
-        self._send(ops=list(ops or ()), device=str(device), shape=shape, dtypes=list(dtypes or ()))
+        self._send(module=module, function=function, arguments=arguments)
 
-    def measure(self, case, roofs, *, seconds, cold):
-        """The rows of a case, as `harness.measure` returns them.
-
-        Raises ValueError for what harness.measure raises it for, RuntimeError where the process ended.
-        """
+    def ask(self, **message):
         try:
-            self._send(case=case.name, roofs=vars(roofs), seconds=seconds, cold=cold)
+            self._send(**message)
             found = json.loads(self.process.stdout.readline())
         except (BrokenPipeError, json.JSONDecodeError):
-            raise RuntimeError(f"the process that measured {case.name} ended: {_end(self.process.wait())}") from None
+            raise RuntimeError(f"the process of {self.name} ended: {_end(self.process.wait())}") from None
         if "refused" in found:
             raise ValueError(found["refused"])
-        return found["rows"]
+        return found["answer"]
 
     def _send(self, **message):
         self.process.stdin.write(json.dumps(message) + "\n")
@@ -65,20 +68,43 @@ class Apart:
         self.process.communicate()
 
 
+class Apart(Process):
+    """A process that measures cases of the suite (ops, device, shape, dtypes)."""
+
+    def __init__(self, ops, device, shape, dtypes):
+        super().__init__("apart", "cases", ops=list(ops or ()), device=str(device), shape=shape,
+                         dtypes=list(dtypes or ()))
+
+    def measure(self, case, roofs, *, seconds, cold):
+        """The rows of a case, as `harness.measure` returns them."""
+        self.name = case.name
+        return self.ask(case=case.name, roofs=vars(roofs), seconds=seconds, cold=cold)
+
+
+def cases(ops, device, shape, dtypes):
+    """The handler of Apart."""
+    known = {case.name: case for case in harness.suite(ops, device=device, shape=shape, dtypes=dtypes)}
+
+    def handle(case, roofs, seconds, cold):
+        return known[case].run(device, Roofs(**roofs), seconds=seconds, cold=cold)
+
+    return handle
+
+
 def work():
-    """The other side: reads the suite, then a case a line, and writes its rows."""
+    """The other side: reads what to make, then a message a line, and answers each."""
     answers, sys.stdout = sys.stdout, sys.stderr  # what a library prints is no answer
-    wanted = json.loads(sys.stdin.readline())
-    device = wanted["device"]
-    cases = {case.name: case for case in harness.suite(wanted["ops"], device=device, shape=wanted["shape"],
-                                                       dtypes=wanted["dtypes"])}
+    wanted, refused, handler = json.loads(sys.stdin.readline()), None, None
+    try:
+        handler = getattr(importlib.import_module(f".{wanted['module']}", __package__), wanted["function"])(
+            **wanted["arguments"])
+    except (ValueError, RuntimeError, NotImplementedError, TypeError) as error:
+        refused = error
     for line in sys.stdin:
-        asked = json.loads(line)
         try:
-            found = {"rows": cases[asked["case"]].run(device, Roofs(**asked["roofs"]), seconds=asked["seconds"],
-                                                      cold=asked["cold"])}
-        except ValueError as refused:
-            found = {"refused": str(refused)}
+            found = {"answer": handler(**json.loads(line))} if refused is None else {"refused": str(refused)}
+        except (ValueError, RuntimeError) as error:
+            found = {"refused": str(error)}
         print(json.dumps(found), file=answers, flush=True)
 
 

@@ -3,6 +3,8 @@
 fp32, or bf16 by autocast over fp32 weights. FLOPs: 6 a weight and token, and 6 · L · C · T a token for attention.
 """
 
+import contextlib
+
 import torch
 
 from fastlm import native
@@ -11,6 +13,7 @@ from fastlm.numerics import DTYPES
 from fastlm.training.config import TrainConfig
 from fastlm.training.optimizer import AdamW
 
+from .apart import Process
 from .harness import absent_rows, figures, peak_bytes, refusal, row_of
 from .programs import MODEL, Program, absent, pair, weights
 
@@ -26,9 +29,10 @@ def cases(shape, dtype, device):
 
 
 class Train(Program):
-    """A step of every contender."""
+    """A step of every contender; on a CPU each in a process of its own, where our trainer keeps its heap."""
 
     op = "train"
+    apart = True
 
     @property
     def memory(self):
@@ -37,40 +41,29 @@ class Train(Program):
 
     def run(self, device, roofs, *, seconds=1.0, cold=True):
         B, T, L, _, C, V = self.shape.values()
-        ids = torch.randint(V, (B, T + 1), generator=torch.Generator().manual_seed(1)).to(device)
-        tokens, targets = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
-        ours, theirs = pair(self.shape, T, device)
-        losses = {"fastlm": (ours, lambda: ours.loss(tokens, targets))}
-        if theirs is not None:
-            _, twin = pair(self.shape, T, device)
-            compiled = torch.compile(twin)
-            given = {"labels": targets, "shift_labels": targets}
-            losses["transformers"] = theirs, lambda: theirs(tokens, **given).loss
-            losses["transformers, compiled"] = twin, lambda: compiled(tokens, **given).loss
-        rows, racing, truth = [], {}, None
-        if theirs is not None:
-            with torch.no_grad():
-                truth = float(losses["transformers"][1]())
-        for name, (model, loss_of) in losses.items():
-            row = row_of(self, "step", name, ours=name == "fastlm", cold=cold)
-            rows.append(row)
-            step = (_our_step if row["ours"] else _step)(model, loss_of, self.dtype, device)
-            try:
-                with torch.no_grad(), _autocast(self.dtype, device):
-                    loss = float(loss_of())
-                if truth is not None:
-                    unit = torch.finfo(DTYPES[self.dtype]).eps * truth
-                    row["error"] = abs(loss - truth) / (8 * unit if self.dtype == "fp32" else unit)
-                step()
-                row["peak_mib"] = None if (peak := peak_bytes(step, device)) is None else round(peak / 2**20)
-            except (RuntimeError, NotImplementedError, TypeError) as failed:
-                row["refused"] = refusal(failed)
-                continue
-            if row["ours"] and not row.get("error", 0) <= 1:
-                row["wrong"] = True
-                continue
-            racing[name] = [step]
-        times = race(racing, device=device, seconds=seconds, rounds=(3, 30), before=_heap)
+        truth = _loss("transformers", self.shape, "fp32", device) if "transformers" not in absent() else None
+        rows, racing = [], {}
+        with contextlib.ExitStack() as stack:
+            for name in CONTENDERS:
+                if name.split(",")[0] in absent():
+                    continue
+                row = row_of(self, "step", name, ours=name == "fastlm", cold=cold)
+                rows.append(row)
+                try:
+                    loss = _loss(name, self.shape, self.dtype, device)
+                    if truth is not None:
+                        unit = torch.finfo(DTYPES[self.dtype]).eps * truth
+                        row["error"] = abs(loss - truth) / (8 * unit if self.dtype == "fp32" else unit)
+                    if row["ours"] and not row.get("error", 0) <= 1:
+                        row["wrong"] = True
+                        continue
+                    step = self._stepping(stack, name, device)
+                    row["peak_mib"] = None if (peak := step(peak=True)) is None else round(peak / 2**20)
+                except (RuntimeError, NotImplementedError, TypeError, ValueError) as failed:
+                    row["refused"] = refusal(failed)
+                    continue
+                racing[name] = [step]
+            times = race(racing, device=device, seconds=seconds, rounds=(3, 30))
         flops = 6 * B * T * (weights(self.shape) + L * C * T)
         for row in rows:
             if (taken := times.get(row["contender"])) is not None:
@@ -80,19 +73,57 @@ class Train(Program):
                 }
         return rows + absent_rows(self, "step", absent(), cold=cold)
 
+    def _stepping(self, stack, name, device):
+        arguments = {"name": name, "shape": self.shape, "dtype": self.dtype, "device": str(device)}
+        if self.apart and torch.device(device).type == "cpu":
+            return stack.enter_context(Process("bench_train", "stepping", **arguments)).ask
+        return stepping(**arguments)
+
+
+CONTENDERS = ("fastlm", "transformers", "transformers, compiled")
+
+
+def stepping(name, shape, dtype, device):
+    """step(peak=False) of a contender: a training step; with peak it returns the bytes that a second one takes."""
+    model, loss_of = _contender(name, shape, device)
+    step = (_our_step if name == "fastlm" else _step)(model, loss_of, dtype, device)
+
+    def run(peak=False):
+        step()
+        return peak_bytes(step, device) if peak else None
+
+    return run
+
+
+def _contender(name, shape, device):
+    """(model, a function without arguments that gives its loss): the same weights and tokens for all."""
+    B, T, V = shape["B"], shape["T"], shape["V"]
+    ids = torch.randint(V, (B, T + 1), generator=torch.Generator().manual_seed(1)).to(device)
+    tokens, targets = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+    ours, theirs = pair(shape, T, device)
+    if name == "fastlm":
+        return ours, lambda: ours.loss(tokens, targets)
+    run = torch.compile(theirs) if name.endswith("compiled") else theirs
+    return theirs, lambda: run(tokens, labels=targets, shift_labels=targets).loss
+
+
+@torch.no_grad()
+def _loss(name, shape, dtype, device):
+    """The loss of a contender before the first step; compiled is not compiled here."""
+    _, loss_of = _contender(name.removesuffix(", compiled"), shape, device)
+    with _autocast(dtype, device):
+        return float(loss_of())
+
 
 def _autocast(dtype, device):
     return torch.autocast(torch.device(device).type, dtype=DTYPES[dtype], enabled=dtype != "fp32")
 
 
-def _heap(name):
-    """Our trainer keeps what it frees; for peers blocks above 32 MiB are mapped anew, as the C library does it."""
-    native.keep_heap(large=name == "fastlm")
-
-
 def _our_step(model, loss_of, dtype, device):
     """As the trainer takes it."""
     model.train()
+    if torch.device(device).type == "cpu":
+        native.keep_heap()
     optimizer = AdamW(model, TrainConfig(data="", out="", grad_clip=1.0))
 
     def step():

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 import fastlm
 from fastlm import dispatch, native
-from fastlm.benchmarks import apart, compare, harness, peers, programs
+from fastlm.benchmarks import apart, bench_train, compare, harness, peers, programs
 from fastlm.cli import app
 from fastlm.measure import roofs as roofs_module
 from fastlm.measure.roofs import Roofs
@@ -30,6 +30,8 @@ def here(monkeypatch, tmp_path):
     monkeypatch.setattr(roofs_module, "measure", lambda device, **options: ROOFS)
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)
     monkeypatch.setattr(harness.Case, "passes", 1)
+    monkeypatch.setattr(bench_train.Train, "apart", False)
+    monkeypatch.setattr(native, "keep_heap", lambda: None)  # it would hold for all tests that follow
 
 
 def run(*arguments):
@@ -202,6 +204,15 @@ def test_a_process_that_ends_is_told():
         process.process.kill()
         with pytest.raises(RuntimeError, match=r"softmax_xent .* ended: killed by signal 9"):
             process.measure(case, ROOFS, seconds=0.01, cold=True)
+
+
+def test_a_training_step_in_a_process_of_its_own():
+    shape = {"B": 1, "T": 6, "L": 1, "H": 2, "C": 32, "V": 97}
+    with apart.Process("bench_train", "stepping", name="fastlm", shape=shape, dtype="fp32", device="cpu") as process:
+        assert process.ask() is None and process.ask(peak=True) >= 0
+    with apart.Process("bench_train", "stepping", name="fastlm", shape={**shape, "C": 31}, dtype="fp32",
+                       device="cpu") as process, pytest.raises(ValueError, match="n_embd"):
+        process.ask()
 
 
 def two_passes(first, second):
