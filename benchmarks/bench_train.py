@@ -1,4 +1,4 @@
-"""A training step (forward, loss, backward, clipping, AdamW) beside transformers, plain and compiled.
+"""A training step (forward, loss, backward, clipping, AdamW) beside transformers and plain PyTorch, compiled.
 
 fp32, or bf16 by autocast over fp32 weights. FLOPs: 6 a weight and token, and 6 · L · C · T a token for attention.
 """
@@ -15,7 +15,7 @@ from fastlm.training.optimizer import AdamW
 
 from .apart import Process
 from .harness import absent_rows, figures, peak_bytes, refusal, row_of
-from .programs import MODEL, Program, absent, pair, weights
+from .programs import MODEL, Program, absent, pair, plain_loss, weights
 
 BABY = {"L": 4, "H": 4, "C": 128, "V": 65}  # nanoGPT's CPU model
 SHAPES = {
@@ -80,7 +80,8 @@ class Train(Program):
         return stepping(**arguments)
 
 
-CONTENDERS = ("fastlm", "transformers", "transformers, compiled")
+PLAIN = "nanoGPT's architecture, compiled"
+CONTENDERS = ("fastlm", "transformers", "transformers, compiled", PLAIN)
 
 
 def stepping(name, shape, dtype, device):
@@ -103,6 +104,11 @@ def _contender(name, shape, device):
     ours, theirs = pair(shape, T, device)
     if name == "fastlm":
         return ours, lambda: ours.loss(tokens, targets)
+    if name == PLAIN.removesuffix(", compiled"):
+        return ours, lambda: plain_loss(ours, tokens, targets)
+    if name == PLAIN:
+        compiled = torch.compile(plain_loss)
+        return ours, lambda: compiled(ours, tokens, targets)
     run = torch.compile(theirs) if name.endswith("compiled") else theirs
     return theirs, lambda: run(tokens, labels=targets, shift_labels=targets).loss
 

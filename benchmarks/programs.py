@@ -4,6 +4,7 @@ import importlib.util
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
 import fastlm
 from fastlm.certificate import transformers_twin
@@ -55,3 +56,26 @@ def weights(shape):
     """Parameters that multiply something for every token: the blocks and the head, not the positions."""
     L, C, V = shape["L"], shape["C"], shape["V"]
     return L * (12 * C * C + 13 * C) + V * C + 2 * C
+
+
+def plain_loss(model, tokens, targets):
+    """The loss of a GPT2 as nanoGPT and others write it: PyTorch's own functions, logits as a whole."""
+    parts, H = model.transformer, model.config.n_head
+    B, T = tokens.shape
+    x = F.embedding(tokens, parts["wte"].weight) + parts["wpe"].weight[:T]
+
+    def norm(module, x):
+        return F.layer_norm(x, x.shape[-1:], module.weight, module.bias, module.eps)
+
+    def linear(module, x):
+        return torch.matmul(x, module.weight) + module.bias
+
+    for block in parts["h"]:
+        q, k, v = (part.view(B, T, H, -1).transpose(1, 2)
+                   for part in linear(block.attn.c_attn, norm(block.ln_1, x)).chunk(3, dim=-1))
+        o = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(B, T, -1)
+        x = x + linear(block.attn.c_proj, o)
+        up = linear(block.mlp.c_fc, norm(block.ln_2, x))
+        x = x + linear(block.mlp.c_proj, F.gelu(up, approximate="tanh"))
+    logits = F.linear(norm(parts["ln_f"], x), model.lm_head.weight)
+    return F.cross_entropy(logits.view(-1, logits.shape[-1]).float(), targets.reshape(-1))

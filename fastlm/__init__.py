@@ -16,6 +16,7 @@ _HOMES = {
     "cache_append_": "fastlm.ops",
     "decode_attention": "fastlm.ops",
     "grad_norm": "fastlm.ops",
+    "keep_heap": "fastlm.native",
     "layer_norm": "fastlm.ops",
     "linear_xent": "fastlm.ops",
     "softmax_xent": "fastlm.ops",

@@ -128,6 +128,7 @@ def test_programs_are_measured_beside_transformers(program, sizes, parts, tmp_pa
     for part, dtype in itertools.product(parts, ("fp32", "bf16")):
         names = {row["contender"] for row in rows if (row["part"], row["dtype"]) == (part, dtype)}
         assert {"fastlm", "transformers", "transformers, compiled"} <= names
+        assert program != "train" or "nanoGPT's architecture, compiled" in names
     for row in rows:
         tokens = 2 if row["part"] == "decode" else 12
         assert row["tokens_per_s"] == pytest.approx(tokens / row["median_us"] * 1e6)

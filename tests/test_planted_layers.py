@@ -39,6 +39,18 @@ CPU = {
     "gradient without -1": ("softmax_xent", "[0] - 1.0f) * dloss", "[0]) * dloss"),
     "maximum of half the row": ("softmax_xent", "maximum(maximum(maximum(m[0], m[1]), maximum(m[2], m[3])))",
                                 "maximum(maximum(m[0], m[1]))"),
+    "gradient over the logits unscaled": ("softmax_xent", "row_bwd(x, x, op.V, op.y[n], op.ignore, op.lse[n], "
+                                          "op.dloss[n])", "row_bwd(x, x, op.V, op.y[n], op.ignore, op.lse[n], 1.0f)"),
+    "gelu's cube": ("gelu", "x * 0.044715f", "x * 0.04f"),
+    "slope of the cube": ("gelu", "0.134145f", "0.044715f"),
+    "bias forgotten backward": ("bias_gelu", "gelu_slope(load(x + c) + load(op.bias + c))", "gelu_slope(load(x + c))"),
+    "last block's sums lost": ("columns", "block < blocks; block++", "block + 1 < blocks; block++"),
+    "unbiased variance": ("layer_norm", "squares / float(C)", "squares / float(C - 1)"),
+    "norm's mean of the gradient": ("layer_norm", "- g_mean - at * gh_mean", "- at * gh_mean"),
+    "residual's gradient lost": ("layer_norm", "ds ? load(ds + c) + slope : slope", "slope"),
+    "weights do not decay": ("adamw", "p = p * keep -", "p = p -"),
+    "Adam's first bias correction": ("adamw", "op.learning_rate / op.bias_correction1", "op.learning_rate"),
+    "norm of the first piece": ("grad_norm", "piece < pieces; piece++) total", "piece < 1; piece++) total"),
     "engine's epsilon": ("gpt2_step", "variance / float(C) + epsilon", "variance / float(C) + 1e-2f"),
     "engine without gelu": ("gpt2_step", "then == Then::gelu ? gelu(y) : y", "y"),
     "engine's residual lost": ("gpt2_step", "then == Then::add ? load(to) + y", "then == Then::add ? y"),
@@ -52,7 +64,9 @@ CPU = {
 }
 
 HOMES = {"gpt2_step": "engine"}  # the tests of what is no op
-HEADERS = {"running": "decode_attention", "panel": "gpt2_step"}  # and the source that is compiled with it
+HEADERS = {  # and the source that is compiled with it
+    "running": "decode_attention", "panel": "gpt2_step", "gelu": "bias_gelu", "columns": "bias_gelu",
+}
 
 # name: (file, text, what it becomes, the tests that run)
 LAYERS = {
@@ -83,6 +97,12 @@ LAYERS = {
                         "ordered.cumsum(-1) >= top_p", "test_generation.py"),
     "accumulation sums": ("fastlm/training/trainer.py", "loss * (count / config.batch_size)", "loss * 1.0",
                           "test_training.py"),
+    "a chunk's gradient lost": ("fastlm/chunked.py", "if dw is None else dw.add_(part)", "",
+                                "test_linear_xent.py"),
+    "the mean over all rows": ("fastlm/chunked.py", "count = (y != ignore).sum()", "count = torch.tensor(len(y))",
+                               "test_linear_xent.py"),
+    "gradients are not clipped": ("fastlm/training/optimizer.py", "weight_decay=part.decay, scale=scale)",
+                                  "weight_decay=part.decay)", "test_training.py"),
     "the last step's rate": ("fastlm/training/optimizer.py", "math.cos(math.pi * part)", "math.cos(2 * math.pi * part)",
                              "test_training.py"),
     "a NaN reaches the weights": ("fastlm/training/trainer.py", "        if finite:\n", "        if True:\n",

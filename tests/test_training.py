@@ -15,10 +15,11 @@ from safetensors.torch import load_file
 
 import fastlm
 from fastlm.training import checkpoint
+from fastlm.training import optimizer as optimizer_module
 from fastlm.training.bigram import bigram_loss
 from fastlm.training.config import PRESETS, TrainConfig, read_settings
 from fastlm.training.curve import draw, read_metrics, save_png
-from fastlm.training.optimizer import learning_rate
+from fastlm.training.optimizer import AdamW, learning_rate
 from fastlm.training.trainer import MOST_SKIPPED, Silent, Trainer
 
 TEXT = "".join(f"the {n} times {n} is {n * n}, and so it goes on;\n" for n in range(400))
@@ -54,6 +55,40 @@ def test_learning_rate():
     assert learning_rate(100, given) == pytest.approx(1e-3)
     assert learning_rate(1050, given) == pytest.approx(5.5e-4)
     assert learning_rate(2000, given) == learning_rate(5000, given) == pytest.approx(1e-4)
+
+
+@pytest.mark.parametrize("large", [100, 2**20])
+@pytest.mark.parametrize("clip", [1e9, 0.05])
+def test_the_optimizer_steps_as_torchs(large, clip, monkeypatch):
+    """Over flat buffers, clipped, large parameters each in a buffer of its own."""
+    monkeypatch.setattr(optimizer_module, "LARGE", large)
+    given = TrainConfig(data="x", out="y", grad_clip=clip)
+    sizes = {"vocab_size": 61, "n_positions": 8, "n_embd": 16, "n_layer": 2, "n_head": 2}
+    model, twin = (fastlm.GPT2(fastlm.GPT2Config(**sizes, embd_pdrop=0.0, attn_pdrop=0.0, resid_pdrop=0.0))
+                   for _ in range(2))
+    twin.load_state_dict(model.state_dict())
+    ours = AdamW(model, given)
+    assert len(ours.parts) == 2 if large > 1e6 else len(ours.parts) > 4
+    groups = [{"params": [p for p in twin.parameters() if (p.dim() >= 2) == decays],
+               "weight_decay": given.weight_decay * decays} for decays in (True, False)]
+    theirs = torch.optim.AdamW(groups, lr=1e-2, betas=(given.beta1, given.beta2), eps=given.epsilon)
+    for _ in range(5):
+        tokens = torch.randint(61, (2, 8))
+        model.loss(tokens, tokens).backward()
+        for mine, other in zip(model.parameters(), twin.parameters()):
+            other.grad = mine.grad.clone()
+        flat, norm = ours.gradients()
+        wanted = torch.nn.utils.clip_grad_norm_(twin.parameters(), clip)
+        torch.testing.assert_close(norm, wanted)
+        ours.step(flat, norm, learning_rate=1e-2)
+        theirs.step()
+        ours.zero_grad()
+        theirs.zero_grad()
+    for mine, other in zip(model.parameters(), twin.parameters()):
+        torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5)
+    again = AdamW(model, given)
+    again.load({key: value.clone() for key, value in ours.state().items()})
+    assert again.steps == 5 and all(torch.equal(value, again.state()[key]) for key, value in ours.state().items())
 
 
 def test_settings_by_precedence(tmp_path):
