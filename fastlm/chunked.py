@@ -9,7 +9,8 @@ import torch
 
 from fastlm import native, vendor
 
-CHUNK = 512  # rows: fewer, and packing w for every product is no longer small beside the product
+# Rows, by device: with fewer, packing w for every product (on a CPU) and filling the device (a GPU) cost time.
+CHUNK = {"cpu": 512, "cuda": 4096}
 
 
 class Chunked:
@@ -21,8 +22,8 @@ class Chunked:
     def linear_xent_fwd(self, h, w, y, ignore):
         N, (V, _), w = len(h), w.shape, w.to(h.dtype)
         loss = h.new_empty(N, dtype=torch.promote_types(h.dtype, torch.float32))
-        lse, logits = torch.empty_like(loss), h.new_empty(min(CHUNK, N), V)
-        for rows in _chunks(N):
+        lse, logits = torch.empty_like(loss), _logits(h, V)
+        for rows in _chunks(h):
             x = torch.mm(h[rows], w.t(), out=logits[: rows.stop - rows.start])
             loss[rows], lse[rows] = self.softmax.softmax_xent_fwd(x, y[rows], ignore)
         return loss, lse
@@ -47,10 +48,10 @@ class Chunked:
 
     def _gradients(self, h, w, gradient):
         """(dh, dw); gradient(x, rows) puts that of the logits x of some rows in their place."""
-        N, (V, C), narrow = len(h), w.shape, w.to(h.dtype)
-        dh, dw, logits = torch.empty_like(h, memory_format=torch.contiguous_format), None, h.new_empty(min(CHUNK, N), V)
+        (V, C), narrow = w.shape, w.to(h.dtype)
+        dh, dw, logits = torch.empty_like(h, memory_format=torch.contiguous_format), None, _logits(h, V)
         part = None if h.dtype == w.dtype == torch.promote_types(h.dtype, torch.float32) else h.new_empty(V, C)
-        for rows in _chunks(N):
+        for rows in _chunks(h):
             x = torch.mm(h[rows], narrow.t(), out=logits[: rows.stop - rows.start])
             gradient(x, rows)
             torch.mm(x, narrow, out=dh[rows])
@@ -62,8 +63,16 @@ class Chunked:
         return dh, (w.new_zeros(V, C) if dw is None else dw.to(w.dtype))
 
 
-def _chunks(N):
-    return [slice(first, min(first + CHUNK, N)) for first in range(0, N, CHUNK)]
+def _rows(h):
+    return CHUNK.get(h.device.type, CHUNK["cpu"])
+
+
+def _chunks(h):
+    return [slice(first, min(first + _rows(h), len(h))) for first in range(0, len(h), _rows(h))]
+
+
+def _logits(h, V):
+    return h.new_empty(min(_rows(h), len(h)), V)
 
 
 cpu, torch_ = Chunked(getattr(native, "cpu", None)), Chunked(vendor)

@@ -14,7 +14,7 @@ FAMILY = "linear_xent"
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
-    monkeypatch.setattr(chunked, "CHUNK", 16)
+    monkeypatch.setattr(chunked, "CHUNK", {"cpu": 16, "cuda": 16})
 
 
 def operands(N, C, V, dtype, w_dtype=None, kind="normal"):
