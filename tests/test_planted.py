@@ -80,6 +80,8 @@ for backend in ("reference", "torch"):
         theirs = parity.twin(model)
         tokens, targets = parity.batch(model, 4, 20)
         hold(parity.step(model, tokens, targets), parity.step(theirs, tokens, targets), backend)
+        without = model.loss(tokens, targets).item()
+        assert abs(model(tokens, targets)[1].item() - without) < 1e-4 * without, "the loss with logits"
         folder = tempfile.mkdtemp()
         model.save_pretrained(folder)
         again = fastlm.GPT2.from_pretrained(folder)
