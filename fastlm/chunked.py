@@ -50,8 +50,9 @@ class Chunked:
         """(dh, dw); gradient(x, rows) puts that of the logits x of some rows in their place."""
         (V, C), narrow = w.shape, w.to(h.dtype)
         dh, dw, logits = torch.empty_like(h, memory_format=torch.contiguous_format), None, _logits(h, V)
-        part = None if h.dtype == w.dtype == torch.promote_types(h.dtype, torch.float32) else h.new_empty(V, C)
-        for rows in _chunks(h):
+        chunks, wide = _chunks(h), h.dtype == torch.promote_types(h.dtype, torch.float32)
+        part = None if wide or len(chunks) <= 1 else h.new_empty(V, C)
+        for rows in chunks:
             x = torch.mm(h[rows], narrow.t(), out=logits[: rows.stop - rows.start])
             gradient(x, rows)
             torch.mm(x, narrow, out=dh[rows])
