@@ -165,7 +165,8 @@ class GPT2(nn.Module):
         """The loss of `model(tokens, targets)` without its logits, which never exist as a whole: what to train with."""
         self._check_targets(tokens, targets)
         # The head's gradient for wte is there first, dense; the rows that the embedding adds are few beside it.
-        sparse = tokens.device.type == "cpu" and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        tied = self.lm_head.weight is self.transformer.wte.weight
+        sparse = tied and tokens.device.type == "cpu" and not torch.compiler.is_compiling()
         hidden = self.hidden(tokens, seed=seed, sparse=sparse)
         return linear_xent(hidden.view(-1, hidden.shape[-1]), self.lm_head.weight, targets.reshape(-1))
 
