@@ -71,7 +71,7 @@ def adamw_(p, g, exp_avg, exp_avg_sq, scale, step, learning_rate, beta1, beta2, 
 
 
 def grad_norm(g):
-    return torch.linalg.vector_norm(g)
+    return torch.linalg.vector_norm(g, dtype=torch.float64).to(g.dtype)  # in fp32 it loses digits over millions
 
 
 def _bottom_right_mask(q, k):

@@ -45,7 +45,7 @@ CPU = {
     "slope of the cube": ("gelu", "0.134145f", "0.044715f"),
     "bias forgotten backward": ("bias_gelu", "gelu_slope(load(x + c) + load(op.bias + c))", "gelu_slope(load(x + c))"),
     "last block's sums lost": ("columns", "block < blocks; block++", "block + 1 < blocks; block++"),
-    "unbiased variance": ("layer_norm", "squares / float(C)", "squares / float(C - 1)"),
+    "unbiased variance": ("layer_norm", "off.other / float(C)", "off.other / float(C - 1)"),
     "norm's mean of the gradient": ("layer_norm", "- g_mean - at * gh_mean", "- at * gh_mean"),
     "residual's gradient lost": ("layer_norm", "ds ? load(ds + c) + slope : slope", "slope"),
     "weights do not decay": ("adamw", "p = p * keep -", "p = p -"),

@@ -22,7 +22,7 @@ inline Floats square_root(Floats x) {
 #endif
 }
 
-constexpr int64_t kPiece = 16384;  // elements a thread takes at a time
+constexpr int64_t kPiece = 65536;  // elements a thread takes at a time
 
 }  // namespace
 

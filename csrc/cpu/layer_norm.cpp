@@ -4,6 +4,7 @@
 //   ds = ds + rstd (g - mean(g) - h mean(g h))  with g = dy w, h = (s - mean) rstd;  dw += dy h;  db += dy
 //
 // A row is widened to fp32 in a buffer that stays in the first-level cache, whatever the dtypes of x, s and y are.
+#include <algorithm>
 #include <memory>
 
 #include "columns.h"
@@ -40,18 +41,22 @@ void write_row(void* to, DType dtype, int64_t n, const float* row, int64_t C) {
   if (dtype == DType::f16) narrow(static_cast<Fp16*>(to) + n * C, row, C);
 }
 
-// The sum over a row of f(c) for vectors and of f1(c) for what is left.
+struct Sums {
+  float one, other;
+};
+
+// The sums over a row of the two values that f(c, one, other) adds for a vector from c on, f1 for a single element.
 template <class F, class F1>
-float row_sum(int64_t C, F&& f, F1&& f1) {
-  Floats total[2] = {};
+Sums row_sums(int64_t C, F&& f, F1&& f1) {
+  Floats one[2] = {}, other[2] = {};
   int64_t c = 0;
   for (; c + 2 * kLanes <= C; c += 2 * kLanes) {
-    total[0] += f(c);
-    total[1] += f(c + kLanes);
+    f(c, one[0], other[0]);
+    f(c + kLanes, one[1], other[1]);
   }
-  for (; c + kLanes <= C; c += kLanes) total[0] += f(c);
-  float all = sum(total[0] + total[1]);
-  for (; c < C; c++) all += f1(c);
+  for (; c + kLanes <= C; c += kLanes) f(c, one[0], other[0]);
+  Sums all{sum(one[0] + one[1]), sum(other[0] + other[1])};
+  for (; c < C; c++) f1(c, all.one, all.other);
   return all;
 }
 
@@ -83,15 +88,21 @@ void normalise(const LayerNormFwd& op, int64_t n, Rows& rows) {
     write_row(op.s, op.s_dtype, n, added, C);
     s = row_of(op.s, op.s_dtype, n, C, C, added);  // as it was rounded: backward normalises the same numbers
   }
-  const auto mean_of = [&](float from) {
-    return from + row_sum(C, [&](int64_t c) { return load(s + c) - from; }, [&](int64_t c) { return s[c] - from; }) /
-                      float(C);
-  };
-  const float mean = mean_of(mean_of(0.0f));  // the second time without the rounding of large sums
-  const float squares = row_sum(
-      C, [&](int64_t c) { return (load(s + c) - mean) * (load(s + c) - mean); },
-      [&](int64_t c) { return (s[c] - mean) * (s[c] - mean); });
-  const float rstd = 1.0f / std::sqrt(squares / float(C) + op.epsilon);
+  const float about = row_sums(C, [&](int64_t c, Floats& total, Floats&) { total += load(s + c); },
+                               [&](int64_t c, float& total, float&) { total += s[c]; }).one / float(C);
+  const Sums off = row_sums(  // what the mean lacks, its sum having been large, and the squares
+      C,
+      [&](int64_t c, Floats& lacking, Floats& squares) {
+        const Floats d = load(s + c) - about;
+        lacking += d;
+        squares += d * d;
+      },
+      [&](int64_t c, float& lacking, float& squares) {
+        lacking += s[c] - about;
+        squares += (s[c] - about) * (s[c] - about);
+      });
+  const float lack = off.one / float(C), mean = about + lack;
+  const float rstd = 1.0f / std::sqrt(std::max(off.other / float(C) - lack * lack, 0.0f) + op.epsilon);
   op.mean[n] = mean;
   op.rstd[n] = rstd;
   float* y = rows[1];
@@ -126,10 +137,18 @@ void layer_norm_bwd(const LayerNormBwd& op, int threads) {
       const float mean = op.mean[n], rstd = op.rstd[n], *w = op.weight;
       const auto h = [&](int64_t c) { return (load(s + c) - mean) * rstd; };
       const auto h1 = [&](int64_t c) { return (s[c] - mean) * rstd; };
-      const float g_mean = row_sum(C, [&](int64_t c) { return load(dy + c) * load(w + c); },
-                                   [&](int64_t c) { return dy[c] * w[c]; }) / float(C);
-      const float gh_mean = row_sum(C, [&](int64_t c) { return load(dy + c) * load(w + c) * h(c); },
-                                    [&](int64_t c) { return dy[c] * w[c] * h1(c); }) / float(C);
+      const Sums sums_of = row_sums(
+          C,
+          [&](int64_t c, Floats& g, Floats& gh) {
+            const Floats slope = load(dy + c) * load(w + c);
+            g += slope;
+            gh += slope * h(c);
+          },
+          [&](int64_t c, float& g, float& gh) {
+            g += dy[c] * w[c];
+            gh += dy[c] * w[c] * h1(c);
+          });
+      const float g_mean = sums_of.one / float(C), gh_mean = sums_of.other / float(C);
       int64_t c = 0;
       for (; c + kLanes <= C; c += kLanes) {
         const Floats d = load(dy + c), at = h(c);
