@@ -1,4 +1,5 @@
-"""adamw_, a step over one flat buffer, beside PyTorch's optimizer as it comes (`foreach`) and compiled.
+"""adamw_, a step over one flat buffer, beside the same written in PyTorch, plain and compiled; `fastlm torch` is its
+fused optimizer.
 
 Least traffic: p, g and both moments are read, p and the moments written, 28 · n bytes.
 """

@@ -1,5 +1,5 @@
-// Work on rows in blocks, and sums over rows, the same for any number of threads: a block has its partial sums, which are
-// added in order.
+// Work on rows in blocks, and sums over rows, the same for any number of threads: a block has its partial sums, which
+// are added in order.
 #pragma once
 
 #include <algorithm>

@@ -191,7 +191,7 @@ LEGEND = """
 µs: median of a call.  ±: distance of the quartiles, or of the medians of an op's two passes, over it; ~ where the
 machine was too busy to tell.
 roof: share of what the bytes or the FLOPs allow here.  error: over what is allowed.  ÷ ours: time over the chosen's.
-MiB: what a step takes beyond weights and moments."""
+MiB: what a call takes beyond its operands, a training step beyond weights and moments."""
 
 
 def _show_changes(console, found, bound, head):
