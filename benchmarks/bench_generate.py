@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from fastlm.generation import KVCache, stream_tokens
-from fastlm.generation.engine import Engine, why_not
+from fastlm.generation.engine import Engine, cache_dtype, why_not
 from fastlm.measure.clock import Times, race
 from fastlm.numerics import DTYPES, norm_ratio
 from fastlm.quantised import quantise_
@@ -171,7 +171,7 @@ def _theirs(model, tokens, cache=None, compiled=False):
 def _quantised_error(model, tokens):
     """The logits, the engine's where it runs, against fp64 of the same weights, over 5 % of them."""
     if why_not(model) is None:
-        cache = KVCache(model.config, *tokens.shape, device="cpu", dtype=model.dtype)
+        cache = KVCache(model.config, *tokens.shape, device="cpu", dtype=cache_dtype(model))
         got = Engine(model, cache).every(tokens)
     else:
         got = model(tokens)[0]

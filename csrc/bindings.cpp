@@ -52,6 +52,7 @@ PYBIND11_MODULE(_C, m) {
   bind_cpu(on_cpu, "decode_attention", cpu::decode_attention);
   bind_cpu(on_cpu, "cache_append_", cpu::cache_append_);
   bind_cpu(on_cpu, "gpt2_step", cpu::gpt2_step);
+  bind_cpu(on_cpu, "draw", cpu::draw);
 
 #ifdef FASTLM_HAVE_CUDA
   py::module_ on_cuda = m.def_submodule("cuda");

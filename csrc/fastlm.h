@@ -243,8 +243,9 @@ enum class Weights : int { f32 = 0, bf16 = 1, int8 = 2, int4 = 3 };
 // C = H*D; N stands for a product's outputs.
 struct Gpt2Step {
   float* logits;              // out (B, V rounded up to 32), with `every` (sum of counts, …)
+  int64_t* ids;               // out (B,) tokens drawn from the logits; null: none, and not with `every`
   const int64_t* layers;      // in  (L, 22) addresses: ln_1 weight, bias, ln_2 weight, bias (C,) fp32, k_pages, v_pages
-                              //     (pages, page, H, D) dtype, strided alike, then for qkv, proj, up, down: panels,
+                              //     (pages, page, H, D) page_dtype, strided alike, then for qkv, proj, up, down: panels,
                               //     bias, scale (N,) fp32, sums (N,) int32, each rounded up to 16; scale and sums are
                               //     those of int8
   const char* head;           // in  panels (C, V)
@@ -258,12 +259,28 @@ struct Gpt2Step {
   const int32_t* positions;   // in  (B,)
   const int32_t* counts;      // in  (B,)
   const int32_t* block_table; // in  (B, max_pages)
+  const double* uniform;      // in  (B,) for the draws, and how: see Draw
+  int64_t stride_u, choices, top_k;
+  double temperature, top_p;
   int64_t stride_p, stride_s, stride_h;  // of k_pages and v_pages: a page, a position, a head
   int64_t B, T, L, H, D, V, inner, page, max_pages, every;
   float epsilon;
   Weights weights, head_weights;
-  DType dtype;
+  DType page_dtype, dtype;
 };
+
+// The next token of every row of logits.
+struct Draw {
+  int64_t* ids;           // out (B,) below choices; kBad where a row is no distribution
+  const float* logits;    // in  (B, choices)
+  const double* uniform;  // in  (B,) from 0 on, below 1
+  int64_t stride_lb, stride_u, B, choices;
+  double temperature;     // 0: the largest
+  int64_t top_k;          // 0: all
+  double top_p;           // 1: all
+};
+
+constexpr int64_t kBad = -2;  // in place of a token
 
 namespace cpu {
 void softmax_xent_fwd(const SoftmaxXentFwd& op, int threads);
@@ -280,6 +297,7 @@ void attention_bwd(const AttentionBwd& op, int threads);
 void decode_attention(const DecodeAttention& op, int threads);
 void cache_append_(const CacheAppend& op, int threads);
 void gpt2_step(const Gpt2Step& op, int threads);
+void draw(const Draw& op, int threads);
 
 // The instruction set the kernels run on: "avx512bf16", "avx512", "avx2" or "generic"; FASTLM_CPU_ISA asks for a lower one.
 const char* isa();

@@ -144,11 +144,20 @@ template <>
 inline std::vector<Field<Gpt2Step>> fields_of() {
   using Op = Gpt2Step;
   return {
-      FIELD(logits), FIELD(layers), FIELD(head), FIELD(head_scale), FIELD(head_sums), FIELD(ln_f_w), FIELD(ln_f_b),
-      FIELD(wte), FIELD(wpe), FIELD(tokens), FIELD(positions), FIELD(counts), FIELD(block_table),
-      FIELD(stride_p), FIELD(stride_s), FIELD(stride_h), FIELD(B), FIELD(T), FIELD(L), FIELD(H), FIELD(D),
+      FIELD(logits), FIELD(ids), FIELD(layers), FIELD(head), FIELD(head_scale), FIELD(head_sums), FIELD(ln_f_w), FIELD(ln_f_b),
+      FIELD(wte), FIELD(wpe), FIELD(tokens), FIELD(positions), FIELD(counts), FIELD(block_table), FIELD(uniform),
+      FIELD(stride_u), FIELD(choices), FIELD(top_k), FIELD(temperature), FIELD(top_p), FIELD(stride_p), FIELD(stride_s), FIELD(stride_h), FIELD(B), FIELD(T), FIELD(L), FIELD(H), FIELD(D),
       FIELD(V), FIELD(inner), FIELD(page), FIELD(max_pages), FIELD(every),
-      FIELD(epsilon), FIELD(weights), FIELD(head_weights), FIELD(dtype)
+      FIELD(epsilon), FIELD(weights), FIELD(head_weights), FIELD(page_dtype), FIELD(dtype)
+  };
+}
+
+template <>
+inline std::vector<Field<Draw>> fields_of() {
+  using Op = Draw;
+  return {
+      FIELD(ids), FIELD(logits), FIELD(uniform), FIELD(stride_lb), FIELD(stride_u), FIELD(B), FIELD(choices),
+      FIELD(temperature), FIELD(top_k), FIELD(top_p)
   };
 }
 

@@ -208,17 +208,24 @@ class Launchers:
             max_pages=block_table.shape[1],
         )
 
-
-    def gpt2_step(self, logits, layers, head, ln_f, wte, wpe, tokens, positions, counts, block_table, **fields):
-        """One step of a whole GPT-2 (csrc/fastlm.h, Gpt2Step); head is (panels, scale or None, sums or None)."""
-        panels, scale, sums = (0 if tensor is None else tensor.data_ptr() for tensor in head)
-        self._run(
-            "gpt2_step", wte, logits=logits.data_ptr(), layers=layers.data_ptr(), head=panels, head_scale=scale,
-            head_sums=sums, ln_f_w=ln_f[0].data_ptr(), ln_f_b=ln_f[1].data_ptr(), wte=wte.data_ptr(),
-            wpe=wpe.data_ptr(), tokens=tokens.data_ptr(), positions=positions.data_ptr(), counts=counts.data_ptr(),
-            block_table=block_table.data_ptr(), B=tokens.shape[0], T=tokens.shape[1], L=layers.shape[0],
-            V=wte.shape[0], max_pages=block_table.shape[1], **fields,
+    def draw(self, logits, uniform, temperature, top_k, top_p):
+        """The next token of every row, int64 (B,), as fastlm.generation.sampling.choose says; logits (B, V) fp32."""
+        ids = torch.empty(len(logits), dtype=torch.int64)
+        self._plain(
+            "draw", logits.device, ids=ids.data_ptr(), logits=logits.data_ptr(), uniform=uniform.data_ptr(),
+            stride_lb=logits.stride(0), stride_u=uniform.stride(0), B=logits.shape[0], choices=logits.shape[1],
+            temperature=temperature, top_k=top_k, top_p=top_p,
         )
+        return ids
+
+    def gpt2_step(self, fields):
+        """One step of a whole GPT-2: fields name every member of Gpt2Step (csrc/fastlm.h)."""
+        self._plain("gpt2_step", None, **fields)
+
+
+def dtype_number(dtype):
+    """How the kernels name a dtype."""
+    return _DTYPES[dtype]
 
 
 if _C is not None:

@@ -10,7 +10,7 @@ import torch
 
 import fastlm
 from fastlm import dispatch
-from fastlm.generation import KVCache, engine
+from fastlm.generation import KVCache, engine, sampling
 from fastlm.gpt2 import Conv1D
 from fastlm.numerics import norm_ratio
 from fastlm.quantised import dequantise, quantise, quantise_
@@ -111,12 +111,62 @@ def make_double(model):
 def test_generation_picks_it_up(model, options, monkeypatch):
     options = {"max_new_tokens": 20, "stop_at": 3, "num_return_sequences": 2, **options}
     steps = []
-    call = engine.Engine.__call__
-    monkeypatch.setattr(engine.Engine, "__call__", lambda *a: steps.append(1) or call(*a))
+    draw = engine.Engine.draw
+    monkeypatch.setattr(engine.Engine, "draw", lambda *a: steps.append(1) or draw(*a))
     got = [row.tolist() for row in model.generate(PROMPTS, **options)]
     assert len(steps) >= 15
     monkeypatch.setattr(LOOP, "why_not", lambda model: "not now")
     assert got == [row.tolist() for row in model.generate(PROMPTS, **options)]
+
+
+SAMPLERS = [
+    dict(temperature=0.0), dict(temperature=1.0), dict(temperature=0.7, top_k=1), dict(temperature=0.8, top_k=200),
+    dict(temperature=1.3, top_k=20000), dict(temperature=1.0, top_p=0.9), dict(temperature=0.5, top_p=1e-9),
+    dict(temperature=2.0, top_p=0.999), dict(temperature=1.0, top_k=50, top_p=0.6), dict(temperature=1e-9),
+    dict(temperature=1e9, top_k=60000), dict(temperature=1e-300), dict(temperature=1e300),
+]
+
+
+@pytest.mark.parametrize("V", [1, 15, 16, 17, 511, 513, 50257])
+@pytest.mark.parametrize("options", SAMPLERS, ids=str)
+def test_draws(V, options):
+    """The same tokens as the reference's, in fp64, but where u falls within rounding of a border."""
+    generator = torch.Generator().manual_seed(V)
+    B = 40
+    sampler = sampling.Sampler(V, **{"top_k": None, "top_p": None, **options})
+    logits = torch.randn(B, V + 3, generator=generator) * torch.linspace(0, 6, B)[:, None]
+    logits[:, V:] = 1e9  # beyond the choices
+    logits[1] = logits[1].round()  # equals
+    logits[2, : V // 2] = float("-inf")
+    uniform = torch.rand(B, 2, generator=generator, dtype=torch.float64)[:, 1]
+    uniform[:3] = torch.tensor([0.0, 1 - 2**-53, 0.5])
+    got = sampler(logits, uniform)
+    wanted = sampling.choose(logits[:, :V], sampler.temperature, sampler.top_k, sampler.top_p, uniform)
+    assert sorted(bordering(logits[:, :V], sampler, uniform, got, wanted)) == []
+    assert int((got != wanted).sum()) <= 1
+
+
+def bordering(logits, sampler, uniform, got, wanted):
+    """The rows in which the two differ by more than rounding: both ids must be drawn by a u as near as 1e-5."""
+    for row in (got != wanted).nonzero()[:, 0].tolist():
+        near = (uniform[row] + torch.linspace(-1e-5, 1e-5, 101, dtype=torch.float64)).clamp(0, 1 - 2**-53)
+        found = sampling.choose(logits[row].expand(len(near), -1), sampler.temperature, sampler.top_k, sampler.top_p,
+                                near)
+        if got[row] not in found or wanted[row] not in found:
+            yield row
+
+
+@pytest.mark.parametrize("bad", [[float("nan")], [float("inf")], None], ids=str)
+def test_no_draw(bad):
+    """A row that is no distribution gives BAD, wherever the number lies."""
+    for V in (1, 16, 37, 1000):
+        for at in {0, V // 2, V - 1}:
+            logits = torch.randn(3, V)
+            logits[1, at if bad else slice(None)] = bad[0] if bad else float("-inf")
+            for options in SAMPLERS:
+                sampler = sampling.Sampler(V, **{"top_k": None, "top_p": None, **options})
+                got = sampler(logits, torch.full((3,), 0.3, dtype=torch.float64))
+                assert (got == sampling.BAD).tolist() == [False, True, False]
 
 
 def test_the_same_bits_whatever_the_threads():

@@ -29,8 +29,8 @@ CPU = {
     "first queries skipped": ("attention", "std::max(t, int64_t(0)) / kTile * kTile",
                               "(std::max(t, int64_t(0)) + kTile - 1) / kTile * kTile"),
     "newest token unseen": ("decode_attention", "length - op.T + t + 1 - s0", "length - op.T + t - s0"),
-    "page of another sequence": ("decode_attention", "op.block_table[b * op.stride_tb + s0 / op.page]",
-                                 "op.block_table[s0 / op.page]"),
+    "page of another sequence": ("decode_attention", "op.block_table[b * op.stride_tb + s / op.page]",
+                                 "op.block_table[s / op.page]"),
     "run not rescaled": ("running", "load(o + d + i * kLanes) * shrink", "load(o + d + i * kLanes)"),
     "int4 without its offset": ("panel", "Ints{} - 8 * x_sum", "Ints{}"),
     "end of the row lost": ("softmax_xent", "for (; v < V; v += kLanes) {\n    const Floats values = v + kLanes <= V ? "
@@ -51,7 +51,7 @@ CPU = {
     "weights do not decay": ("adamw", "p = p * keep -", "p = p -"),
     "Adam's first bias correction": ("adamw", "op.learning_rate / op.bias_correction1", "op.learning_rate"),
     "norm of the first piece": ("grad_norm", "piece < pieces; piece++) total", "piece < 1; piece++) total"),
-    "engine's epsilon": ("gpt2_step", "variance / float(C) + epsilon", "variance / float(C) + 1e-2f"),
+    "engine's epsilon": ("acts", "variance / float(C) + epsilon", "variance / float(C) + 1e-2f"),
     "engine without gelu": ("gpt2_step", "then == Then::gelu ? gelu(y) : y", "y"),
     "engine's residual lost": ("gpt2_step", "then == Then::add ? load(to) + y", "then == Then::add ? y"),
     "engine sees too far": ("gpt2_step", "length = rows_[m].position + 1", "length = rows_[m].position + 2"),
@@ -59,13 +59,22 @@ CPU = {
     "int8 without its offset": ("gpt2_step", "sums[m][v] - (sum_w << 7)", "sums[m][v]"),
     "waiting rows' logits": ("gpt2_step", "op_.logits + places_[e] * Vp_", "op_.logits + e * Vp_"),
     "prompts see too far": ("gpt2_step", "op.causal = kBottomRight", "op.causal = kFull"),
+    "another row's number": ("gpt2_step", "op_.uniform[b * op_.stride_u]", "op_.uniform[0]"),
+    "a head's values in place of its keys": ("gpt2_step", "copy(layer.k_pages + at, k)",
+                                             "copy(layer.k_pages + at, k + C_)"),
+    "drawn set one short": ("draw", "if (before >= wanted)", "if (before + p >= wanted)"),
+    "another than the k-th": ("draw", "return some[k - 1];", "return some[0];"),
+    "infinity may be drawn": ("draw", "if (std::fabs(top) == kInfinity) return kBad;", ""),
+    "another lane's score": ("simd", "kLanes + l / piece * piece + l % half)...>(x[i], x[i + half]) +",
+                             "kLanes + l % half)...>(x[i], x[i + half]) +"),
     "values in place of keys": ("cache_append", "std::memcpy(to_k, k, row);", "std::memcpy(to_k, v, row);"),
     "pad appended": ("cache_append", "if (position < 0) return;", "if (position < -1) return;"),
 }
 
-HOMES = {"gpt2_step": "engine"}  # the tests of what is no op
+HOMES = {"gpt2_step": "engine", "draw": "engine"}  # the tests of what is no op
 HEADERS = {  # and the source that is compiled with it
     "running": "decode_attention", "panel": "gpt2_step", "gelu": "bias_gelu", "columns": "bias_gelu",
+    "acts": "gpt2_step", "draw": "draw", "simd": "decode_attention",
 }
 
 # name: (file, text, what it becomes, the tests that run)
@@ -91,8 +100,11 @@ LAYERS = {
                                        "test_dispatch.py"),
     "use is not undone": ("fastlm/dispatch.py", "_forced.update(self._former)", "", "test_dispatch.py"),
     "an ended row goes on": ("fastlm/generation/step.py", "alive & (drawn != self._stop)", "alive",
-                             "test_generation.py"),
-    "every step draws alike": ("fastlm/generation/step.py", "self._at.add_(1)", "", "test_generation.py"),
+                             "test_engine.py"),
+    "every step draws alike": ("fastlm/generation/step.py", "self._at.add_(1)", "", "test_engine.py"),
+    "the engine's steps draw alike": ("fastlm/generation/step.py", "        self._at += 1\n", "", "test_engine.py"),
+    "an ended row of the engine goes on": ("fastlm/generation/step.py", "0 if token == self._stop else self._left",
+                                           "self._left", "test_engine.py"),
     "top_p one short": ("fastlm/generation/sampling.py", "ordered.cumsum(-1) - ordered >= top_p",
                         "ordered.cumsum(-1) >= top_p", "test_generation.py"),
     "accumulation sums": ("fastlm/training/trainer.py", "loss * (count / config.batch_size)", "loss * 1.0",
@@ -161,7 +173,8 @@ def run_cpu(objects, tmp_path, op, text=None):
     if text is not None:
         (tmp_path / f"{op}.cpp").write_text(text)
         compile_(tmp_path / f"{op}.cpp", tmp_path / f"{op}.o")
-        parts[op] = tmp_path / f"{op}.o"
+        # First: of a header's functions that several sources hold the linker takes the first.
+        parts = {op: tmp_path / f"{op}.o"} | {name: path for name, path in parts.items() if name != op}
     library = tmp_path / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
     subprocess.run(["g++", "-shared", "-fopenmp", *map(str, parts.values()), "-o", str(library)], check=True)
     environment = {**os.environ, "FASTLM_SANITIZED": str(library), "PYTHONPATH": str(ROOT / "tests")}
@@ -181,7 +194,9 @@ def test_no_cpu_bug(objects, tmp_path):
 def test_every_cpu_bug_is_caught(name, objects, tmp_path, capsys):
     file, folder = CPU[name][0], ROOT / "csrc" / "cpu"
     op = HEADERS.get(file, file)
-    if file in HEADERS:  # a header beside the source comes before the one in the repository
+    if file in HEADERS:  # the headers beside a source come before those in the repository
+        for header in folder.glob("*.h"):
+            shutil.copy(header, tmp_path)
         (tmp_path / f"{file}.h").write_text(altered(folder, ".h", CPU[name]))
         text = (folder / f"{op}.cpp").read_text()
     else:

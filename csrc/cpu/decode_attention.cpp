@@ -30,17 +30,23 @@ void decode(const DecodeAttention& op, int threads) {
     thread_local std::vector<Running> states;
     states.assign(op.T, Running{});
 
+    const auto rows = [&](const void* pages, int64_t stride_p, int64_t stride_s, int64_t stride_h, int64_t s) {
+      const T* first = static_cast<const T*>(pages) + h * stride_h;
+      if (s >= length) return Rows<T>{nullptr, stride_s};
+      const int64_t page = op.block_table[b * op.stride_tb + s / op.page];
+      return Rows<T>{first + page * stride_p + s % op.page * stride_s, stride_s};
+    };
     for (int64_t s0 = 0; s0 < length;) {
-      const int64_t slot = s0 % op.page, run = std::min({kRun, op.page - slot, length - s0});
-      const int64_t page = op.block_table[b * op.stride_tb + s0 / op.page];
-      const T* k = static_cast<const T*>(op.k_pages) + page * op.stride_kp + slot * op.stride_ks + h * op.stride_kh;
-      const T* v = static_cast<const T*>(op.v_pages) + page * op.stride_vp + slot * op.stride_vs + h * op.stride_vh;
+      const int64_t run = std::min({kRun, op.page - s0 % op.page, length - s0});
+      const Rows<T> k = rows(op.k_pages, op.stride_kp, op.stride_ks, op.stride_kh, s0);
+      const Rows<T> v = rows(op.v_pages, op.stride_vp, op.stride_vs, op.stride_vh, s0);
+      const Rows<T> next = rows(op.k_pages, op.stride_kp, op.stride_ks, op.stride_kh, s0 + run);
       for (int64_t t = 0; t < op.T; t++) {
         const int64_t seen = std::clamp(length - op.T + t + 1 - s0, int64_t(0), run);
         if (!seen) continue;
         float scores[kRun];
-        for (int64_t j = 0; j < seen; j++) scores[j] = dot(q + t * Dp, k + j * op.stride_ks, op.D);
-        take(states[t], o + t * Dp, scores, seen, v, op.stride_vs, op.D);
+        score(scores, q + t * Dp, k, v, seen, op.D);
+        take(states[t], o + t * Dp, scores, seen, v, next, op.D);
       }
       s0 += run;
     }

@@ -2,7 +2,7 @@
 //
 //   x = wte[token] + wpe[position]
 //   L × [x += proj(attend(qkv(ln_1(x))));  x += down(gelu(up(ln_2(x))))]        products with packed weights (panel.h)
-//   logits = ln_f(x[last]) wte^T
+//   logits = ln_f(x[last]) wte^T;  the next token is drawn, where that is asked for                              draw.h
 //
 // Rows are the new tokens of all sequences, one below the other. The work is a row of phases, each cut into chunks that
 // the threads take one by one (phases.h).
@@ -12,9 +12,10 @@
 #include <cmath>
 #include <vector>
 
+#include "acts.h"
+#include "draw.h"
 #include "gelu.h"
 #include "isa.h"
-#include "panel.h"
 #include "phases.h"
 #include "running.h"
 
@@ -23,7 +24,8 @@ namespace {
 
 constexpr int64_t kPanelsAtOnce = 8;  // read side by side where rows are few: more streams, more bandwidth
 
-inline int64_t up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+// Activations of as many rows or fewer every thread makes for itself: to wait for another's would take longer.
+constexpr int64_t kOwn = 4;
 
 // A packed matrix (K, N) with its bias; scales and sums are those of int8.
 struct Packed {
@@ -33,93 +35,6 @@ struct Packed {
   const int32_t* sums;  // (up(N, kPanel),), sum over k of w
   int64_t K, N;
 };
-
-// Rows of activations as the weights take them: (rows, ld bytes), with a scale a row for int8.
-struct Acts {
-  char* x;
-  float* scale;
-  int64_t ld;
-
-  template <class W>
-  typename W::Act* row(int64_t m) const { return reinterpret_cast<typename W::Act*>(x + m * ld); }
-};
-
-// ---- one row into activations
-
-inline void write_row(float* to, float*, const float* row, int64_t K) { std::memcpy(to, row, 4 * K); }
-
-inline void write_row(Bf16* to, float*, const float* row, int64_t K) {
-  int64_t k = 0;
-  for (; k + kLanes <= K; k += kLanes) store(to + k, load(row + k));
-  for (; k < K; k++) to[k] = from_float<Bf16>(row[k]);
-}
-
-// The numbers of a row in units of scale = largest / 127; a row that is not finite has a scale of NaN, and no numbers.
-template <class Put>
-inline void round_row(float* scale, const float* row, int64_t K, Put&& put) {
-  float largest = 0.0f, nothing = 0.0f;
-  for (int64_t k = 0; k < K; k++) {
-    largest = std::max(largest, std::fabs(row[k]));
-    nothing += row[k] * 0.0f;  // NaN where row[k] is NaN or infinite: `max` does not see the first
-  }
-  const bool finite = nothing == 0.0f;
-  *scale = finite ? largest / 127.0f : kNaN;
-  const float inverse = finite && largest > 0.0f ? 127.0f / largest : 0.0f;
-  for (int64_t k = 0; k < K; k++) put(k, finite ? int32_t(std::nearbyintf(row[k] * inverse)) : 0);
-}
-
-inline void write_row(uint8_t* to, float* scale, const float* row, int64_t K) {
-  round_row(scale, row, K, [&](int64_t k, int32_t q) { to[k] = uint8_t(q + 128); });
-}
-
-inline void write_row(int8_t* to, float* scale, const float* row, int64_t K) {
-  round_row(scale, row, K, [&](int64_t k, int32_t q) { to[k] = int8_t(q); });
-}
-
-// The same, with zeros up to the end of the last group of k.
-template <class W>
-void write_whole_row(const Acts& acts, int64_t m, const float* row, int64_t K) {
-  typename W::Act* to = acts.row<W>(m);
-  write_row(to, acts.scale + m, row, K);
-  const int64_t end = up(K, W::kGroup);
-  std::fill(to + K, to + end, typename W::Act{});
-  if constexpr (std::is_same_v<W, Int4Weights>) {
-    for (int64_t g = 0; g < end / W::kGroup; g++) {
-      int32_t total = 0;
-      for (int64_t k = 0; k < W::kGroup; k++) total += to[g * W::kGroup + k];
-      std::memcpy(to + end + 4 * g, &total, 4);
-    }
-  }
-}
-
-// (row - mean) / sqrt(variance + epsilon) · w + b, (C,)
-inline void normalise(float* to, const float* row, const float* w, const float* b, int64_t C, float epsilon) {
-  Floats total{}, squares{};
-  int64_t c = 0;
-  for (; c + kLanes <= C; c += kLanes) total += load(row + c);
-  float mean = sum(total);
-  for (; c < C; c++) mean += row[c];
-  mean /= float(C);
-  for (c = 0; c + kLanes <= C; c += kLanes) {
-    const Floats d = load(row + c) - mean;
-    squares += d * d;
-  }
-  float variance = sum(squares);
-  for (; c < C; c++) variance += (row[c] - mean) * (row[c] - mean);
-  const float rstd = 1.0f / std::sqrt(variance / float(C) + epsilon);
-  for (c = 0; c + kLanes <= C; c += kLanes) store(to + c, (load(row + c) - mean) * rstd * load(w + c) + load(b + c));
-  for (; c < C; c++) to[c] = (row[c] - mean) * rstd * w[c] + b[c];
-}
-
-// Row m of the activations from fp32 (K,).
-void write_row(const Acts& acts, Weights weights, int64_t m, const float* row, int64_t K) {
-  switch (weights) {
-    case Weights::f32: return write_whole_row<F32Weights>(acts, m, row, K);
-    case Weights::bf16: return write_whole_row<Bf16Weights>(acts, m, row, K);
-    case Weights::int8: return write_whole_row<Int8Weights>(acts, m, row, K);
-    case Weights::int4: return write_whole_row<Int4Weights>(acts, m, row, K);
-  }
-}
 
 // ---- products
 
@@ -178,13 +93,16 @@ void tiles(const Packed& packed, const Acts& acts, int64_t M, int64_t p0, const 
   }
 }
 
-template <class W>
-void product(Walk& walk, const Packed& packed, const Acts& acts, int64_t M, const Output& out, int threads) {
+template <class W, class Prepare>
+void product(Walk& walk, const Packed& packed, const Acts& acts, int64_t M, const Output& out, int threads,
+             Prepare&& prepare) {
   const int64_t panels = (packed.N + kPanel - 1) / kPanel;
   const int64_t most = M < 4 ? kPanelsAtOnce : 2;  // that one reading of the activations serves
   int64_t chunk = kPanelsAtOnce;
   while (chunk > 1 && panels / chunk < 3 * threads) chunk /= 2;  // enough for everybody
+  bool ready = false;
   walk.run((panels + chunk - 1) / chunk, [&](int64_t i) {
+    if (!ready) prepare(), ready = true;
     const int64_t end = std::min(panels, (i + 1) * chunk);
     for (int64_t p = i * chunk; p < end;) {
       const int64_t left = std::min(end - p, most);
@@ -196,14 +114,15 @@ void product(Walk& walk, const Packed& packed, const Acts& acts, int64_t M, cons
   });
 }
 
-// One phase: the product of M rows.
+// One phase: the product of M rows. A thread calls prepare() before its first chunk.
+template <class Prepare>
 void product(Walk& walk, Weights weights, const Packed& packed, const Acts& acts, int64_t M, const Output& out,
-             int threads) {
+             int threads, Prepare&& prepare) {
   switch (weights) {
-    case Weights::f32: return product<F32Weights>(walk, packed, acts, M, out, threads);
-    case Weights::bf16: return product<Bf16Weights>(walk, packed, acts, M, out, threads);
-    case Weights::int8: return product<Int8Weights>(walk, packed, acts, M, out, threads);
-    case Weights::int4: return product<Int4Weights>(walk, packed, acts, M, out, threads);
+    case Weights::f32: return product<F32Weights>(walk, packed, acts, M, out, threads, prepare);
+    case Weights::bf16: return product<Bf16Weights>(walk, packed, acts, M, out, threads, prepare);
+    case Weights::int8: return product<Int8Weights>(walk, packed, acts, M, out, threads, prepare);
+    case Weights::int4: return product<Int4Weights>(walk, packed, acts, M, out, threads, prepare);
   }
 }
 
@@ -221,11 +140,12 @@ class Step {
         widest_(std::max(Cp_, Fp_)), phases_(op.L * 12 + 4, threads) {
     for (int64_t b = 0; b < op.B; b++) {
       const bool tiled = op.counts[b] >= kPrompt && !op.positions[b];
-      if (tiled) prompts_.push_back({int64_t(rows_.size()), op.counts[b]});
+      if (op.counts[b]) sequences_.push_back({b, int64_t(rows_.size()), op.counts[b], tiled});
+      some_tiled_ |= tiled;
       for (int64_t t = 0; t < op.counts[b]; t++) {
         const int64_t row = int64_t(rows_.size());
         if (op.every || t + 1 == op.counts[b]) wanted_.push_back(row), places_.push_back(op.every ? row : b);
-        rows_.push_back({b, op.positions[b] + t, op.tokens[b * op.T + t], tiled});
+        rows_.push_back({op.positions[b] + t, op.tokens[b * op.T + t]});
       }
     }
     M_ = int64_t(rows_.size()), E_ = int64_t(wanted_.size());
@@ -241,11 +161,10 @@ class Step {
     std::vector<float> apart(scattered ? E_ * Vp_ : 0);
     float* logits = scattered ? apart.data() : op_.logits;
 
-    if (prompts_.empty()) {  // one region: its start would show in every token
+    if (!some_tiled_) {  // one region: its start would show in every token
       in_team([&](Walk& walk) {
         embed(walk);
         for (int64_t layer = 0; layer < op_.L; layer++) {
-          before_attention(walk, layer);
           attend(walk, layer);
           after_attention(walk, layer);
         }
@@ -254,10 +173,7 @@ class Step {
     } else {  // the tiled attention has a team of its own
       in_team([&](Walk& walk) { embed(walk); });
       for (int64_t layer = 0; layer < op_.L; layer++) {
-        in_team([&](Walk& walk) {
-          before_attention(walk, layer);
-          attend(walk, layer);
-        });
+        in_team([&](Walk& walk) { attend(walk, layer); });
         attend_to_prompts();
         in_team([&](Walk& walk) { after_attention(walk, layer); });
       }
@@ -268,14 +184,14 @@ class Step {
   }
 
  private:
-  // A new token: its sequence, its position, its id, and whether its attention comes in tiles.
+  // A new token: its position and its id.
   struct Row {
-    int64_t b, position, token;
-    bool tiled;
+    int64_t position, token;
   };
-  // A whole new sequence: its first row, and how many it has.
-  struct Prompt {
-    int64_t row, count;
+  // The new tokens of sequence b: the first one's row, how many they are, whether their attention comes in tiles.
+  struct Sequence {
+    int64_t b, row, count;
+    bool tiled;
   };
   struct Layer {
     const float *ln_1_w, *ln_1_b, *ln_2_w, *ln_2_b;
@@ -298,7 +214,18 @@ class Step {
   // A thread's scratch: a row of activations, then a query and its sum.
   float* scratch() const {
     thread_local std::vector<float> kept;
-    if (int64_t(kept.size()) < widest_ + 2 * up(op_.D, kLanes)) kept.resize(widest_ + 2 * up(op_.D, kLanes));
+    return at_least(kept, widest_ + 2 * up(op_.D, kLanes));
+  }
+
+  // A thread's own activations, kOwn rows.
+  Acts own() const {
+    thread_local std::vector<float> kept;
+    float* scales = at_least(kept, kOwn * (1 + widest_));
+    return {reinterpret_cast<char*>(scales + kOwn), scales, widest_ * 4};
+  }
+
+  static float* at_least(std::vector<float>& kept, int64_t size) {
+    if (int64_t(kept.size()) < size) kept.resize(size);
     return kept.data();
   }
 
@@ -314,66 +241,101 @@ class Step {
   }
 
   void embed(Walk& walk) {
-    const T *wte = static_cast<const T*>(op_.wte), *wpe = static_cast<const T*>(op_.wpe);
+    switch (op_.dtype) {
+      case DType::f32: return embed<float>(walk);
+      case DType::bf16: return embed<Bf16>(walk);
+      case DType::f16: return embed<Fp16>(walk);
+    }
+  }
+
+  template <class E>
+  void embed(Walk& walk) {
+    const E *wte = static_cast<const E*>(op_.wte), *wpe = static_cast<const E*>(op_.wpe);
     walk.run(M_, [&](int64_t m) {
-      const T *token = wte + rows_[m].token * C_, *place = wpe + rows_[m].position * C_;
+      const E *token = wte + rows_[m].token * C_, *place = wpe + rows_[m].position * C_;
       for (int64_t c = 0; c < C_; c++) x_[m * Cp_ + c] = to_float(token[c]) + to_float(place[c]);
     });
   }
 
-  void normalise_rows(Walk& walk, const float* w, const float* b) {
-    walk.run(M_, [&](int64_t m) {
-      float* normed = scratch();
-      normalise(normed, x_ + m * Cp_, w, b, C_, op_.epsilon);
-      write_row(acts_, op_.weights, m, normed, C_);
-    });
+  // The product of M rows, of which row(m, scratch) gives the values.
+  template <class MakeRow>
+  void product_of(Walk& walk, Weights weights, const Packed& packed, int64_t M, const Output& out, MakeRow&& row) {
+    const auto make = [&](const Acts& acts, int64_t m) {
+      write_row(acts, weights, m, row(m, scratch()), packed.K);
+    };
+    if (M > kOwn) {
+      walk.run(M, [&](int64_t m) { make(acts_, m); });
+      product(walk, weights, packed, acts_, M, out, threads_, [] {});
+    } else {
+      const Acts acts = own();
+      product(walk, weights, packed, acts, M, out, threads_, [&] {
+        for (int64_t m = 0; m < M; m++) make(acts, m);
+      });
+    }
   }
 
-  // qkv of every row; its k and v are appended.
-  void before_attention(Walk& walk, int64_t number) {
-    const Layer layer = layer_at(number);
-    normalise_rows(walk, layer.ln_1_w, layer.ln_1_b);
-    product(walk, op_.weights, layer.qkv, acts_, M_, {qkv_, Qp_, Then::store}, threads_);
-    walk.run(M_, [&](int64_t m) {
-      const Row& row = rows_[m];
-      const int64_t page = op_.block_table[row.b * op_.max_pages + row.position / op_.page];
-      const int64_t at = page * op_.stride_p + row.position % op_.page * op_.stride_s;
-      for (int64_t h = 0; h < op_.H; h++)
-        for (int64_t d = 0; d < op_.D; d++) {
-          layer.k_pages[at + h * op_.stride_h + d] = from_float<T>(qkv_[m * Qp_ + C_ + h * op_.D + d]);
-          layer.v_pages[at + h * op_.stride_h + d] = from_float<T>(qkv_[m * Qp_ + 2 * C_ + h * op_.D + d]);
-        }
-    });
+  // A row of x, normalised into `to`.
+  const float* normalised(int64_t m, const float* w, const float* b, float* to) const {
+    normalise(to, x_ + m * Cp_, w, b, C_, op_.epsilon);
+    return to;
   }
 
-  // o of the rows that are no prompt's, over the pages.
+  // qkv of every row; then a sequence's head after the other: its k and v are appended, and but for whole prompts its
+  // new tokens attend to all that came before.
   void attend(Walk& walk, int64_t number) {
     const Layer layer = layer_at(number);
-    const float scale = 1.0f / std::sqrt(float(op_.D));
-    const int64_t Dp = up(op_.D, kLanes);
-    walk.run(M_ * op_.H, [&](int64_t mh) {
-      const int64_t m = mh / op_.H, h = mh % op_.H, length = rows_[m].position + 1;
-      if (rows_[m].tiled) return;
-      float *q = scratch() + widest_, *sums = q + Dp;
-      std::fill(q, q + 2 * Dp, 0.0f);
-      for (int64_t d = 0; d < op_.D; d++) q[d] = qkv_[m * Qp_ + h * op_.D + d] * scale;
-      Running state;
-      const int32_t* table = op_.block_table + rows_[m].b * op_.max_pages;
-      for (int64_t s0 = 0; s0 < length;) {
-        const int64_t slot = s0 % op_.page, run = std::min({kRun, op_.page - slot, length - s0});
-        const int64_t at = table[s0 / op_.page] * op_.stride_p + slot * op_.stride_s + h * op_.stride_h;
-        float scores[kRun];
-        for (int64_t j = 0; j < run; j++) scores[j] = dot(q, layer.k_pages + at + j * op_.stride_s, op_.D);
-        take(state, sums, scores, run, layer.v_pages + at, op_.stride_s, op_.D);
-        s0 += run;
+    product_of(walk, op_.weights, layer.qkv, M_, {qkv_, Qp_, Then::store},
+               [&](int64_t m, float* to) { return normalised(m, layer.ln_1_w, layer.ln_1_b, to); });
+    walk.run(int64_t(sequences_.size()) * op_.H, [&](int64_t i) {
+      const Sequence& sequence = sequences_[i / op_.H];
+      const int64_t h = i % op_.H, end = sequence.row + sequence.count;
+      for (int64_t m = sequence.row; m < end; m++) {
+        const int64_t at = place(sequence.b, h, rows_[m].position);
+        const float* k = qkv_ + m * Qp_ + C_ + h * op_.D;
+        copy(layer.k_pages + at, k), copy(layer.v_pages + at, k + C_);
       }
-      for (int64_t d = 0; d < op_.D; d++) o_[m * Cp_ + h * op_.D + d] = sums[d] / state.l;
+      for (int64_t m = sequence.row; m < end && !sequence.tiled; m++) attend(layer, sequence.b, m, h);
     });
+  }
+
+  // Where the head h of a position lies in the pages.
+  int64_t place(int64_t b, int64_t h, int64_t position) const {
+    const int64_t page = op_.block_table[b * op_.max_pages + position / op_.page];
+    return page * op_.stride_p + position % op_.page * op_.stride_s + h * op_.stride_h;
+  }
+
+  void copy(T* to, const float* from) const {
+    int64_t d = 0;
+    for (; d + kLanes <= op_.D; d += kLanes) store(to + d, load(from + d));
+    for (; d < op_.D; d++) to[d] = from_float<T>(from[d]);
+  }
+
+  // o of head h of row m, over the pages.
+  void attend(const Layer& layer, int64_t b, int64_t m, int64_t h) const {
+    const int64_t length = rows_[m].position + 1, Dp = up(op_.D, kLanes);
+    const float scale = 1.0f / std::sqrt(float(op_.D));
+    float *q = scratch() + widest_, *sums = q + Dp;
+    std::fill(q, q + 2 * Dp, 0.0f);
+    for (int64_t d = 0; d < op_.D; d++) q[d] = qkv_[m * Qp_ + h * op_.D + d] * scale;
+    const auto rows = [&](const T* pages, int64_t s) {
+      return Rows<T>{s < length ? pages + place(b, h, s) : nullptr, op_.stride_s};
+    };
+    Running state;
+    for (int64_t s0 = 0; s0 < length;) {
+      const int64_t run = std::min({kRun, op_.page - s0 % op_.page, length - s0});
+      const Rows<T> v = rows(layer.v_pages, s0);
+      float scores[kRun];
+      score(scores, q, rows(layer.k_pages, s0), v, run, op_.D);
+      take(state, sums, scores, run, v, rows(layer.k_pages, s0 + run), op_.D);
+      s0 += run;
+    }
+    for (int64_t d = 0; d < op_.D; d++) o_[m * Cp_ + h * op_.D + d] = sums[d] / state.l;
   }
 
   // o of whole prompts, from qkv.
   void attend_to_prompts() {
-    for (const Prompt& prompt : prompts_) {
+    for (const Sequence& prompt : sequences_) {
+      if (!prompt.tiled) continue;
       lse_.resize(op_.H * prompt.count);
       float *qkv = qkv_ + prompt.row * Qp_, *o = o_ + prompt.row * Cp_;
       AttentionFwd op{};
@@ -390,22 +352,25 @@ class Step {
   // The output's projection and the MLP, added to the residual.
   void after_attention(Walk& walk, int64_t number) {
     const Layer layer = layer_at(number);
-    walk.run(M_, [&](int64_t m) { write_row(acts_, op_.weights, m, o_ + m * Cp_, C_); });
-    product(walk, op_.weights, layer.proj, acts_, M_, {x_, Cp_, Then::add}, threads_);
-    normalise_rows(walk, layer.ln_2_w, layer.ln_2_b);
-    product(walk, op_.weights, layer.up, acts_, M_, {f_, Fp_, Then::gelu}, threads_);
-    walk.run(M_, [&](int64_t m) { write_row(acts_, op_.weights, m, f_ + m * Fp_, F_); });
-    product(walk, op_.weights, layer.down, acts_, M_, {x_, Cp_, Then::add}, threads_);
+    product_of(walk, op_.weights, layer.proj, M_, {x_, Cp_, Then::add},
+               [&](int64_t m, float*) { return o_ + m * Cp_; });
+    product_of(walk, op_.weights, layer.up, M_, {f_, Fp_, Then::gelu},
+               [&](int64_t m, float* to) { return normalised(m, layer.ln_2_w, layer.ln_2_b, to); });
+    product_of(walk, op_.weights, layer.down, M_, {x_, Cp_, Then::add},
+               [&](int64_t m, float*) { return f_ + m * Fp_; });
   }
 
+  // The logits, and the tokens drawn from them.
   void head(Walk& walk, float* logits) {
-    walk.run(E_, [&](int64_t e) {
-      float* normed = scratch();
-      normalise(normed, x_ + wanted_[e] * Cp_, op_.ln_f_w, op_.ln_f_b, C_, op_.epsilon);
-      write_row(acts_, op_.head_weights, e, normed, C_);
-    });
     const Packed packed{op_.head, nullptr, op_.head_scale, op_.head_sums, C_, op_.V};
-    product(walk, op_.head_weights, packed, acts_, E_, {logits, Vp_, Then::store}, threads_);
+    product_of(walk, op_.head_weights, packed, E_, {logits, Vp_, Then::store},
+               [&](int64_t e, float* to) { return normalised(wanted_[e], op_.ln_f_w, op_.ln_f_b, to); });
+    if (!op_.ids) return;
+    const Sampling how{op_.temperature, op_.top_k, op_.top_p};
+    walk.run(E_, [&](int64_t e) {
+      const int64_t b = places_[e];
+      op_.ids[b] = draw(logits + e * Vp_, op_.choices, how, op_.uniform[b * op_.stride_u]);
+    });
   }
 
   const Gpt2Step& op_;
@@ -414,7 +379,8 @@ class Step {
   Phases phases_;
   int64_t phases_done_ = 0;
   std::vector<Row> rows_;
-  std::vector<Prompt> prompts_;
+  std::vector<Sequence> sequences_;
+  bool some_tiled_ = false;
   std::vector<int64_t> wanted_, places_;  // the rows whose logits are wanted, and where they go
   int64_t M_ = 0, E_ = 0;                 // how many rows, how many of them wanted
   std::vector<float> floats_, lse_;
@@ -426,7 +392,7 @@ class Step {
 }  // namespace
 
 void gpt2_step(const Gpt2Step& op, int threads) {
-  switch (op.dtype) {
+  switch (op.page_dtype) {
     case DType::f32: return Step<float>(op, threads).run();
     case DType::bf16: return Step<Bf16>(op, threads).run();
     case DType::f16: return Step<Fp16>(op, threads).run();

@@ -18,7 +18,8 @@
   X(attention_bwd, AttentionBwd)        \
   X(decode_attention, DecodeAttention)  \
   X(cache_append_, CacheAppend)         \
-  X(gpt2_step, Gpt2Step)
+  X(gpt2_step, Gpt2Step)                \
+  X(draw, Draw)
 
 #define FASTLM_DECLARE(op, Op) void op(const Op&, int threads);
 

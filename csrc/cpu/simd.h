@@ -10,6 +10,7 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <utility>
 
 #include "fastlm.h"
 
@@ -126,12 +127,17 @@ inline Floats load(const Fp16* p) {
 inline void store(float* p, Floats x) { std::memcpy(p, &x, sizeof x); }
 
 inline void store(Bf16* p, Floats x) {
+#if defined(__AVX512BF16__)
+  const __m256bh narrow = _mm512_cvtneps_pbh((__m512)x);  // subnormal ones become 0
+  std::memcpy(p, &narrow, sizeof narrow);
+#else
   const Words bits = (Words)x;
   const Words rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
   const Words quiet = (bits >> 16) | 0x40;
   const Words nan = (Words)(x != x);
   const Halves halves = __builtin_convertvector((rounded & ~nan) | (quiet & nan), Halves);
   std::memcpy(p, &halves, sizeof halves);
+#endif
 }
 
 inline void store(Fp16* p, Floats x) {
@@ -163,6 +169,18 @@ inline Floats select(Ints mask, Floats yes, Floats no) {
   return (Floats)(((Ints)yes & mask) | ((Ints)no & ~mask));
 }
 
+// Whether a lane of a comparison holds.
+inline bool any(Ints mask) {
+#if defined(__AVX512F__)
+  return _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask) != 0;
+#elif defined(__AVX2__)
+  return _mm256_movemask_ps((__m256)mask) != 0;
+#endif
+  int32_t bits = 0;
+  for (int i = 0; i < kLanes; i++) bits |= mask[i];
+  return bits != 0;
+}
+
 inline Floats maximum(Floats a, Floats b) { return select(a > b, a, b); }
 
 // Pairwise, so that the order is the same for the same kLanes.
@@ -177,6 +195,36 @@ inline float sum(Floats x) {
   for (int width = kLanes / 2; width; width /= 2)
     for (int i = 0; i < width; i++) x[i] += x[i + width];
   return x[0];
+}
+
+// A vector whose lane l is lane places[l] of a and b, one behind the other.
+template <int... places>
+inline Floats shuffle(Floats a, Floats b) {
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, places...);
+#else
+  return __builtin_shuffle(a, b, Ints{places...});
+#endif
+}
+
+// Lane l: sum(x[l]), in the order of `sum`. A level adds the halves of every piece; those of two vectors then alternate.
+template <int piece, int... l>
+inline Floats sums_of(const Floats* x, std::integer_sequence<int, l...> lanes) {
+  if constexpr (piece == 1) {
+    return x[0];
+  } else {
+    constexpr int half = piece / 2;
+    Floats halved[half];
+    for (int i = 0; i < half; i++) {
+      halved[i] = shuffle<(l / half % 2 * kLanes + l / piece * piece + l % half)...>(x[i], x[i + half]) +
+                  shuffle<(l / half % 2 * kLanes + l / piece * piece + l % half + half)...>(x[i], x[i + half]);
+    }
+    return sums_of<half>(halved, lanes);
+  }
+}
+
+inline Floats sums_of(const Floats (&x)[kLanes]) {
+  return sums_of<kLanes>(x, std::make_integer_sequence<int, kLanes>{});
 }
 
 inline float maximum(Floats x) {

@@ -41,15 +41,37 @@ def why_not(model):
     return None
 
 
+def cache_dtype(model):
+    """The dtype of the keys and values that the engine keeps: those of quantised weights are rounded to bf16."""
+    return torch.bfloat16 if model.quantised else model.dtype
+
+
 class Engine:
     """Runs a model over a KVCache, which it fills as the model would; the cache must not be replaced meanwhile."""
 
     def __init__(self, model, cache):
-        self._weights, self._cache, self._model = packed(model), cache, model
+        weights, config, parts = packed(model), model.config, model.transformer
+        layers = torch.tensor([[*norms, k.data_ptr(), v.data_ptr(), *matrices]
+                               for (norms, matrices), k, v in zip(weights.addresses, cache.k_pages, cache.v_pages)],
+                              dtype=torch.int64)  # (L, 22)
+        self._kept = weights, model, layers
+        self._cache, self._V = cache, config.vocab_size
         self._logits = self._room(len(cache.lengths))
-        addresses = [[*norms, k.data_ptr(), v.data_ptr(), *matrices]
-                     for (norms, matrices), k, v in zip(self._weights.addresses, cache.k_pages, cache.v_pages)]
-        self._layers = torch.tensor(addresses, dtype=torch.int64)  # (L, 22)
+        self._ids = torch.zeros(len(cache.lengths), dtype=torch.int64)
+        panels, scale, sums = (0 if tensor is None else tensor.data_ptr() for tensor in weights.head)
+        stride_p, stride_s, stride_h, _ = cache.k_pages[0].stride()
+        self._fields = {  # csrc/fastlm.h, Gpt2Step: what no call changes
+            "layers": layers.data_ptr(), "head": panels, "head_scale": scale, "head_sums": sums,
+            "ln_f_w": weights.ln_f[0].data_ptr(), "ln_f_b": weights.ln_f[1].data_ptr(),
+            "wte": parts["wte"].weight.data_ptr(), "wpe": parts["wpe"].weight.data_ptr(),
+            "positions": cache.lengths.data_ptr(), "block_table": cache.block_table.data_ptr(),
+            "stride_p": stride_p, "stride_s": stride_s, "stride_h": stride_h, "L": config.n_layer, "H": config.n_head,
+            "D": config.n_embd // config.n_head, "V": self._V, "inner": config.n_inner or 4 * config.n_embd,
+            "page": cache.k_pages[0].shape[1], "max_pages": cache.block_table.shape[1],
+            "epsilon": config.layer_norm_epsilon, "weights": _NUMBERS[weights.kind],
+            "head_weights": _NUMBERS[head_kind(weights.kind)], "dtype": native.dtype_number(model.dtype),
+            "page_dtype": native.dtype_number(cache.k_pages[0].dtype),
+        } | _NO_DRAW
 
     def __call__(self, tokens, counts):
         """Logits (B, V) fp32 behind the last of counts (B,) int32 tokens (B, T) int64, valid until the next call.
@@ -62,33 +84,39 @@ class Engine:
             many = max(1, int((rows <= ROWS).sum()))
             now = torch.zeros_like(counts)
             now[taken : taken + many] = counts[taken : taken + many]
-            self._step(tokens, now, self._logits, every=False)
+            self._step(tokens, now, self._logits)
             taken += many
-        return self._logits[:, : self._model.config.vocab_size]
+        return self._logits[:, : self._V]
+
+    def draw(self, tokens, counts, sampler, uniform):
+        """Ids (B,) int64 that follow tokens (B, 1), drawn as a Sampler says with uniform (B,) fp64.
+
+        A row whose count is 0 waits and keeps its id. Valid until the next call.
+        """
+        self._step(tokens, counts, self._logits, ids=self._ids.data_ptr(), uniform=uniform.data_ptr(),
+                   stride_u=uniform.stride(0), choices=sampler.choices, **sampler.fields)
+        return self._ids
 
     def every(self, tokens):
         """Logits (B, T, V) fp32 behind every one of tokens (B, T)."""
-        (B, T), V = tokens.shape, self._model.config.vocab_size
+        B, T = tokens.shape
         logits = self._room(B * T)
-        self._step(tokens, torch.full((B,), T, dtype=torch.int32), logits, every=True)
-        return logits[:, :V].view(B, T, V)
+        self._step(tokens, torch.full((B,), T, dtype=torch.int32), logits, every=1)
+        return logits[:, : self._V].view(B, T, self._V)
 
     def _room(self, rows):
-        return torch.zeros(rows, -(-self._model.config.vocab_size // (2 * PANEL)) * 2 * PANEL)
+        return torch.zeros(rows, -(-self._V // (2 * PANEL)) * 2 * PANEL)
 
-    def _step(self, tokens, counts, logits, *, every):
-        weights, cache, config, tokens = self._weights, self._cache, self._model.config, tokens.contiguous()
-        parts = self._model.transformer
-        stride_p, stride_s, stride_h, _ = cache.k_pages[0].stride()
-        native.cpu.gpt2_step(
-            logits, self._layers, weights.head, weights.ln_f, parts["wte"].weight, parts["wpe"].weight, tokens,
-            cache.lengths, counts, cache.block_table, H=config.n_head, D=config.n_embd // config.n_head,
-            inner=config.n_inner or 4 * config.n_embd, page=cache.k_pages[0].shape[1], every=int(every),
-            stride_p=stride_p, stride_s=stride_s, stride_h=stride_h,
-            epsilon=config.layer_norm_epsilon, weights=_NUMBERS[weights.kind],
-            head_weights=_NUMBERS[head_kind(weights.kind)],
-        )
-        cache.advance(counts)
+    def _step(self, tokens, counts, logits, **fields):
+        tokens = tokens.contiguous()
+        B, T = tokens.shape
+        native.cpu.gpt2_step(self._fields | {"logits": logits.data_ptr(), "tokens": tokens.data_ptr(),
+                                             "counts": counts.data_ptr(), "B": B, "T": T} | fields)
+        self._cache.advance(counts)
+
+
+_NO_DRAW = {"every": 0, "ids": 0, "uniform": 0, "stride_u": 0, "choices": 0, "temperature": 0.0, "top_k": 0,
+            "top_p": 1.0}
 
 
 class Packed:

@@ -9,9 +9,9 @@ import torch.nn.functional as F
 
 from fastlm import dispatch
 from fastlm.generation.cache import KVCache
-from fastlm.generation.engine import Engine, why_not
-from fastlm.generation.sampling import check_sampling, choose, uniforms
-from fastlm.generation.step import ENDED, Step
+from fastlm.generation.engine import Engine, cache_dtype, why_not
+from fastlm.generation.sampling import Sampler, check_sampling, uniforms
+from fastlm.generation.step import ENDED, EngineStep, Step
 
 END = "end of text"
 USUAL = 50  # new tokens, where nothing is asked for
@@ -60,26 +60,28 @@ def stream_tokens(
         raise ValueError(f"stop_at is {stop!r}, wanted a token id below vocab_size {V}, or None to go on")
     dispatch.forced("decode_attention")  # a backend of FASTLM_BACKEND that this machine lacks says so now
     seed = int(torch.randint(2**62, ())) if seed is None else int(seed)
-
-    def draw(logits, uniform):
-        return choose(logits[:, :vocab_size], temperature, top_k, top_p, uniform)
-
-    return _run(model, prompts, room, n, draw, seed, stop)
+    sampler = Sampler(vocab_size, temperature, top_k, top_p)
+    return _run(model, prompts, room, n, sampler, seed, stop)
 
 
-def _run(model, prompts, room, n, draw, seed, stop):
+def _run(model, prompts, room, n, sampler, seed, stop):
     left = [count for count in room for _ in range(n)]  # tokens each row may still write
     capacity = max(len(prompt) + count for prompt, count in zip(prompts, room))
     with _evaluating(model):
-        cache = KVCache(model.config, len(prompts), capacity, device=model.device, dtype=model.dtype)
-        runs = Engine(model, cache) if why_not(model) is None else None
-        logits = _prefill(model, prompts, cache, runs).repeat_interleave(n, 0)  # (P · n, V)
+        fast = why_not(model) is None
+        cache = KVCache(model.config, len(prompts), capacity, device=model.device,
+                        dtype=cache_dtype(model) if fast else model.dtype)
+        engine = Engine(model, cache) if fast else None
+        logits = _prefill(model, prompts, cache, engine).repeat_interleave(n, 0)  # (P · n, V)
         if n > 1:
             cache.repeat(n)
-            runs = runs and Engine(model, cache)
+            engine = Engine(model, cache) if fast else None
         uniform = uniforms(seed, len(prompts), n, max(left), model.device)
-        captured = model.device.type == "cuda" and max(left) >= WORTH_CAPTURING
-        step = Step(model, cache, draw, uniform, stop, captured=captured, engine=runs)
+        if fast:
+            step = EngineStep(engine, sampler, uniform, stop)
+        else:
+            captured = model.device.type == "cuda" and max(left) >= WORTH_CAPTURING
+            step = Step(model, cache, sampler, uniform, stop, captured=captured)
         ids = step.first(logits, left)
     while True:
         left = [0 if token in (stop, ENDED) else count - 1 for token, count in zip(ids, left)]

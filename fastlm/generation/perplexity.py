@@ -5,7 +5,7 @@ import math
 import torch
 
 from fastlm.generation.cache import KVCache
-from fastlm.generation.engine import Engine, why_not
+from fastlm.generation.engine import Engine, cache_dtype, why_not
 from fastlm.ops import softmax_xent
 
 
@@ -25,7 +25,7 @@ def perplexity(model, ids, *, progress=lambda done, total: None):
         tokens, targets = window[None, :-1], window[1:]
         model.check_tokens(window[None])
         if runs:
-            cache = KVCache(model.config, 1, len(targets), device="cpu", dtype=model.dtype)
+            cache = KVCache(model.config, 1, len(targets), device="cpu", dtype=cache_dtype(model))
             logits = Engine(model, cache).every(tokens)[0]
         else:
             logits = model(tokens)[0][0]

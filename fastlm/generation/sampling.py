@@ -5,13 +5,39 @@
 """
 
 import math
+from dataclasses import dataclass
 from numbers import Integral, Real
 
 import torch
 
+from fastlm import dispatch, native
 from fastlm.philox import philox
 
 BAD = -2  # in place of a token
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """How tokens are drawn: the ids below `choices`, the largest at temperature 0, of top_k and top_p (None: all)."""
+
+    choices: int
+    temperature: float
+    top_k: int | None
+    top_p: float | None
+
+    def __call__(self, logits, uniform):
+        """`choose` of logits (B, V); on a CPU the native kernel, where it was built."""
+        logits = logits[:, : self.choices]
+        native_here = logits.device.type == "cpu" and dispatch.machine_why_not("cpu") is None
+        if not native_here or dispatch.forced("decode_attention") is not None:
+            return choose(logits, self.temperature, self.top_k, self.top_p, uniform)
+        return native.cpu.draw(logits.float(), uniform, **self.fields)
+
+    @property
+    def fields(self):
+        """The settings as the kernels take them (csrc/fastlm.h, Draw)."""
+        return {"temperature": float(self.temperature), "top_k": min(self.top_k or 0, self.choices),
+                "top_p": 1.0 if self.top_p is None else float(self.top_p)}
 
 
 def check_sampling(temperature, top_k, top_p, seed):

@@ -1,5 +1,11 @@
-"""A step of generation: decode a token for every row, draw the next. On a GPU it is a CUDA graph, replayed: one launch,
-nothing allocated, one small copy to the host.
+"""A step of generation: decode a token for every row, draw the next.
+
+    Step         the model's own forward; on a GPU a CUDA graph, replayed: one launch, nothing allocated, one small copy
+    EngineStep   the engine of a CPU: one native call
+
+Both have the same two calls. `first(logits, left)` draws the tokens behind the prompts, every call after it those of
+the next step; each returns a list of B ids, ENDED where a row has ended. A row ends after left[row] tokens or with the
+token `stop` (None: never); it then goes along, but waits. Logits of which there is no draw raise RuntimeError.
 """
 
 import torch
@@ -10,17 +16,13 @@ ENDED = -1  # in place of a token: the row has ended
 
 
 class Step:
-    """`first(logits, left)` draws the tokens behind the prompts, every call after it those of the next step.
+    """draw(logits (B, V), uniform (B,)) → ids (B,), as `choose` does; uniform is (B, steps).
 
-    Both return a list of B ids, ENDED where a row has ended. A row ends after left[row] tokens or with the token `stop`
-    (None: never); it then goes along, but waits. draw(logits (B, V), uniform (B,)) → ids (B,), as `choose` does;
-    uniform is (B, steps). With `captured` the cache must not be replaced while the step lives. Raises RuntimeError for
-    logits of which there is no draw. An engine, where one is given, decodes in the model's place.
+    With `captured` the cache must not be replaced while the step lives.
     """
 
-    def __init__(self, model, cache, draw, uniform, stop, *, captured, engine=None):
+    def __init__(self, model, cache, draw, uniform, stop, *, captured):
         self._model, self._cache, self._draw, self._uniform = model, cache, draw, uniform
-        self._engine = engine
         self._stop = ENDED if stop is None else stop
         self._new = torch.zeros(len(cache.lengths), dtype=torch.int64, device=model.device)  # what the step decodes
         self._left = torch.zeros_like(self._new, dtype=torch.int32)  # tokens that each row may still write
@@ -41,9 +43,6 @@ class Step:
 
     def _decode(self):
         model = self._model
-        if self._engine is not None:
-            self._next(self._engine(self._new[:, None], self._left.clamp(max=1)))
-            return
         last = model.config.n_positions - 1  # an ended row may be full
         positions = self._cache.begin(self._left.clamp(max=1), 1).clamp(max=last)
         hidden = model.hidden(self._new[:, None], positions=positions, cache=self._cache)  # (B, 1, C)
@@ -59,11 +58,45 @@ class Step:
         self._at.add_(1)
 
     def _tell(self):
-        ids = self._told.copy_(self._ids).tolist()
-        if BAD in ids:
-            row = ids.index(BAD)
-            raise RuntimeError(f"the logits of row {row} hold NaN or infinity; are the model's weights good?")
+        return checked(self._told.copy_(self._ids).tolist())
+
+
+class EngineStep:
+    """The steps of an Engine; sampler is a Sampler, uniform (B, steps) fp64."""
+
+    def __init__(self, engine, sampler, uniform, stop):
+        self._engine, self._sampler, self._uniform, self._stop = engine, sampler, uniform, stop
+        self._new = torch.zeros(len(uniform), 1, dtype=torch.int64)
+        self._counts = torch.ones(len(uniform), dtype=torch.int32)
+        self._left, self._at = None, 0
+
+    def first(self, logits, left):
+        self._left, self._at = list(left), 0
+        return self._take(self._sampler(logits, self._uniform[:, 0]).tolist())
+
+    def __call__(self):
+        self._at += 1
+        ids = self._engine.draw(self._new, self._counts, self._sampler, self._uniform[:, self._at])
+        return self._take(ids.tolist())
+
+    def _take(self, ids):
+        ids = checked([token if left else ENDED for token, left in zip(ids, self._left)])
+        for row, token in enumerate(ids):
+            if token == ENDED:
+                continue
+            self._left[row] = 0 if token == self._stop else self._left[row] - 1
+            self._new[row, 0] = token
+            if not self._left[row]:
+                self._counts[row] = 0
         return ids
+
+
+def checked(ids):
+    """The ids, none of them BAD."""
+    if BAD in ids:
+        row = ids.index(BAD)
+        raise RuntimeError(f"the logits of row {row} hold NaN or infinity; are the model's weights good?")
+    return ids
 
 
 def capture(run):
