@@ -3,6 +3,8 @@
     prefill    the time of the first new token        roof: the products' FLOPs
     decode     the mean time of each further step     roof: weights and cache read once a step
 
+The plain read of as many bytes takes part in the race: what the memory gives in that run, not at its best.
+
 int8 and int4 are widths of the weights (fastlm.quantised), on a CPU; their error is that of the logits against fp64 of
 the same weights, over 5 %, and their FLOPs have twice the roof of bf16: an instruction multiplies 64 pairs, not 32.
 """
@@ -29,6 +31,7 @@ SHAPES = {
     "cpu": [{"B": B, "T": T, "N": N, **MODEL} for B, T, N in ((1, 32, 32), (8, 32, 16), (1, 512, 32))],
     "cuda": [{"B": B, "T": 512, "N": 128, **MODEL} for B in (1, 8, 64, 256, 1024)],
 }
+READ = "read of as many bytes"
 WIDTHS = {**DTYPES, "int8": torch.float32, "int4": torch.float32}  # and the dtype of what is no weight
 
 
@@ -86,9 +89,13 @@ class Generate(Program):
                 if len(got[0]) != T + N:
                     raise AssertionError(f"{name} wrote {len(got[0]) - T} tokens, wanted {N}")
                 racing |= {(name, n): [lambda write=write, n=n: write(n)] for n in (1, N)}
-            times = race(racing, device=device, seconds=seconds, rounds=(3, 30))
-        weight_bytes, roof, each = self._weight_bytes(), "bf16" if quantised else self.dtype, 1 if quantised else 2
-        step_bytes = weight_bytes + B * L * 2 * C * (T + N / 2) * dtype.itemsize
+            weight_bytes = self._weight_bytes()
+            cached = torch.bfloat16 if quantised and device == "cpu" else dtype  # the keys and values
+            step_bytes = weight_bytes + B * L * 2 * C * (T + N / 2) * cached.itemsize
+            words = torch.ones(int(step_bytes) // 4, device=device)
+            rows.append(row_of(self, "decode", READ, ours=False, cold=cold))
+            times = race(racing | {(READ, N): [words.amax]}, device=device, seconds=seconds, rounds=(3, 30))
+        roof, each = "bf16" if quantised else self.dtype, 1 if quantised else 2
         pairs = {"prefill": B * (T * (weights(self.shape) - V * C) + V * C + L * C * T * T),
                  "decode": B * weights(self.shape)}
         floors = {part: roofs.floor(bytes=weight_bytes if part == "prefill" else step_bytes, dtype=roof, traffic="read",
@@ -96,9 +103,10 @@ class Generate(Program):
         for row in rows:
             if (row["contender"], N) not in times:
                 continue
-            first, whole = (times[row["contender"], n].samples for n in (1, N))
-            prefills = row["part"] == "prefill"
-            taken = Times(first if prefills else tuple((b - a) / (N - 1) for a, b in zip(first, whole)))
+            prefills, taken = row["part"] == "prefill", times[row["contender"], N]
+            if row["contender"] != READ:
+                first, whole = (times[row["contender"], n].samples for n in (1, N))
+                taken = Times(first if prefills else tuple((b - a) / (N - 1) for a, b in zip(first, whole)))
             row |= figures(taken, floors[row["part"]]) | {
                 "tokens_per_s": B * (T if prefills else 1) / taken.median, "chosen": row["ours"],
             }

@@ -12,6 +12,7 @@
 #include <functional>
 #include <string>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "fastlm.h"
@@ -66,6 +67,30 @@ void bind_cpu(py::module_& m, const char* name, void (*run)(const Op&, int)) {
         Op op = take_fields<Op>(name, fields, kwargs);
         py::gil_scoped_release release;
         run(op, threads);
+      },
+      py::kw_only(), py::arg("threads"));
+}
+
+// A call with its arguments, to be made again and again.
+class Prepared {
+ public:
+  explicit Prepared(std::function<void()> run) : run_(std::move(run)) {}
+  void operator()() const {
+    py::gil_scoped_release release;
+    run_();
+  }
+
+ private:
+  std::function<void()> run_;
+};
+
+// m.<name>(*, threads, **fields) gives a Prepared
+template <class Op>
+void bind_cpu_prepared(py::module_& m, const char* name, void (*run)(const Op&, int)) {
+  m.def(
+      name,
+      [name, run, fields = fields_of<Op>()](int threads, py::kwargs kwargs) {
+        return Prepared([run, threads, op = take_fields<Op>(name, fields, kwargs)] { run(op, threads); });
       },
       py::kw_only(), py::arg("threads"));
 }

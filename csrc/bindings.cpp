@@ -51,7 +51,8 @@ PYBIND11_MODULE(_C, m) {
   bind_cpu(on_cpu, "attention_bwd", cpu::attention_bwd);
   bind_cpu(on_cpu, "decode_attention", cpu::decode_attention);
   bind_cpu(on_cpu, "cache_append_", cpu::cache_append_);
-  bind_cpu(on_cpu, "gpt2_step", cpu::gpt2_step);
+  py::class_<Prepared>(on_cpu, "Prepared").def("__call__", &Prepared::operator());
+  bind_cpu_prepared(on_cpu, "gpt2_step", cpu::gpt2_step);
   bind_cpu(on_cpu, "draw", cpu::draw);
 
 #ifdef FASTLM_HAVE_CUDA

@@ -243,7 +243,8 @@ enum class Weights : int { f32 = 0, bf16 = 1, int8 = 2, int4 = 3 };
 // C = H*D; N stands for a product's outputs.
 struct Gpt2Step {
   float* logits;              // out (B, V rounded up to 32), with `every` (sum of counts, …)
-  int64_t* ids;               // out (B,) tokens drawn from the logits; null: none, and not with `every`
+  int64_t* ids;               // out (B,) tokens drawn from the logits, `tokens` too where T is 1; null: none, and not
+                              //     with `every`
   const int64_t* layers;      // in  (L, 22) addresses: ln_1 weight, bias, ln_2 weight, bias (C,) fp32, k_pages, v_pages
                               //     (pages, page, H, D) page_dtype, strided alike, then for qkv, proj, up, down: panels,
                               //     bias, scale (N,) fp32, sums (N,) int32, each rounded up to 16; scale and sums are
@@ -256,10 +257,11 @@ struct Gpt2Step {
   const void* wte;            // in  (V, C), dtype
   const void* wpe;            // in  (positions, C), dtype
   const int64_t* tokens;      // in  (B, T)
-  const int32_t* positions;   // in  (B,)
+  int32_t* positions;         // in  (B,), out: more by counts
   const int32_t* counts;      // in  (B,)
   const int32_t* block_table; // in  (B, max_pages)
-  const double* uniform;      // in  (B,) for the draws, and how: see Draw
+  const double* uniform;      // in  (B, steps) for the draws, and how: see Draw
+  int64_t* step;              // in  (1,) the column of uniform, out: the next one
   int64_t stride_u, choices, top_k;
   double temperature, top_p;
   int64_t stride_p, stride_s, stride_h;  // of k_pages and v_pages: a page, a position, a head

@@ -146,7 +146,7 @@ inline std::vector<Field<Gpt2Step>> fields_of() {
   return {
       FIELD(logits), FIELD(ids), FIELD(layers), FIELD(head), FIELD(head_scale), FIELD(head_sums), FIELD(ln_f_w), FIELD(ln_f_b),
       FIELD(wte), FIELD(wpe), FIELD(tokens), FIELD(positions), FIELD(counts), FIELD(block_table), FIELD(uniform),
-      FIELD(stride_u), FIELD(choices), FIELD(top_k), FIELD(temperature), FIELD(top_p), FIELD(stride_p), FIELD(stride_s), FIELD(stride_h), FIELD(B), FIELD(T), FIELD(L), FIELD(H), FIELD(D),
+      FIELD(step), FIELD(stride_u), FIELD(choices), FIELD(top_k), FIELD(temperature), FIELD(top_p), FIELD(stride_p), FIELD(stride_s), FIELD(stride_h), FIELD(B), FIELD(T), FIELD(L), FIELD(H), FIELD(D),
       FIELD(V), FIELD(inner), FIELD(page), FIELD(max_pages), FIELD(every),
       FIELD(epsilon), FIELD(weights), FIELD(head_weights), FIELD(page_dtype), FIELD(dtype)
   };

@@ -219,8 +219,8 @@ class Launchers:
         return ids
 
     def gpt2_step(self, fields):
-        """One step of a whole GPT-2: fields name every member of Gpt2Step (csrc/fastlm.h)."""
-        self._plain("gpt2_step", None, **fields)
+        """A function without arguments: one step of a whole GPT-2; fields name all of Gpt2Step (csrc/fastlm.h)."""
+        return self._library.gpt2_step(**self._queue(None), **fields)
 
 
 def dtype_number(dtype):

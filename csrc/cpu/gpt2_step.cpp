@@ -152,7 +152,13 @@ class Step {
   }
 
   void run() {
-    if (!M_) return;
+    if (M_) compute();
+    for (int64_t b = 0; b < op_.B; b++) op_.positions[b] += op_.counts[b];
+    if (op_.ids) ++*op_.step;
+  }
+
+ private:
+  void compute() {
     floats_.resize(M_ * (2 * Cp_ + Qp_ + Fp_) + 2 * M_);
     x_ = floats_.data(), qkv_ = x_ + M_ * Cp_, o_ = qkv_ + M_ * Qp_, f_ = o_ + M_ * Cp_;
     act_bytes_.resize(M_ * widest_ * 4);  // as wide as fp32, so that a group of k ends inside
@@ -183,7 +189,6 @@ class Step {
       std::copy_n(logits + e * Vp_, Vp_, op_.logits + places_[e] * Vp_);
   }
 
- private:
   // A new token: its position and its id.
   struct Row {
     int64_t position, token;
@@ -369,7 +374,7 @@ class Step {
     const Sampling how{op_.temperature, op_.top_k, op_.top_p};
     walk.run(E_, [&](int64_t e) {
       const int64_t b = places_[e];
-      op_.ids[b] = draw(logits + e * Vp_, op_.choices, how, op_.uniform[b * op_.stride_u]);
+      op_.ids[b] = draw(logits + e * Vp_, op_.choices, how, op_.uniform[b * op_.stride_u + *op_.step]);
     });
   }
 

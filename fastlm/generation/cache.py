@@ -4,7 +4,7 @@
 
 In memory a page is (H, page, D): a head's keys lie one behind the other. Every sequence owns n pages from the start,
 so the cache does not grow with the text. A step is announced with `begin`, run through the model, whose layers call
-`attend`, and closed with `end`; what the engine appends, `advance` counts.
+`attend`, and closed with `end`; what the engine appends it counts itself.
 """
 
 import torch
@@ -54,9 +54,8 @@ class KVCache:
         self.lengths.copy_(self._total)  # in place, so that a captured step finds it
         self._empty = False
 
-    def advance(self, counts):
-        """Counts counts (B,) int32 tokens more, which somebody else has appended."""
-        self.lengths += counts
+    def filled(self):
+        """Says that somebody else has appended to the pages, and counted it in `lengths`."""
         self._empty = False
 
     def repeat(self, times):

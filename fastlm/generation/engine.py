@@ -57,7 +57,6 @@ class Engine:
         self._kept = weights, model, layers
         self._cache, self._V = cache, config.vocab_size
         self._logits = self._room(len(cache.lengths))
-        self._ids = torch.zeros(len(cache.lengths), dtype=torch.int64)
         panels, scale, sums = (0 if tensor is None else tensor.data_ptr() for tensor in weights.head)
         stride_p, stride_s, stride_h, _ = cache.k_pages[0].stride()
         self._fields = {  # csrc/fastlm.h, Gpt2Step: what no call changes
@@ -88,14 +87,22 @@ class Engine:
             taken += many
         return self._logits[:, : self._V]
 
-    def draw(self, tokens, counts, sampler, uniform):
-        """Ids (B,) int64 that follow tokens (B, 1), drawn as a Sampler says with uniform (B,) fp64.
+    def decoding(self, tokens, counts, sampler, uniform):
+        """A function without arguments: a step of tokens (B,) int64, which become those drawn as a Sampler says.
 
-        A row whose count is 0 waits and keeps its id. Valid until the next call.
+        Its first call draws with column 1 of uniform (B, steps) fp64. A row whose count, of (B,) int32, is 0 waits and
+        keeps its token.
         """
-        self._step(tokens, counts, self._logits, ids=self._ids.data_ptr(), uniform=uniform.data_ptr(),
-                   stride_u=uniform.stride(0), choices=sampler.choices, **sampler.fields)
-        return self._ids
+        step = torch.ones(1, dtype=torch.int64)
+        run = self._prepared(tokens[:, None], counts, self._logits, ids=tokens.data_ptr(), uniform=uniform.data_ptr(),
+                             step=step.data_ptr(), stride_u=uniform.stride(0), choices=sampler.choices,
+                             **sampler.fields)
+        self._cache.filled()
+
+        def decode(kept=(self, tokens, counts, uniform, step)):
+            run()
+
+        return decode
 
     def every(self, tokens):
         """Logits (B, T, V) fp32 behind every one of tokens (B, T)."""
@@ -109,13 +116,16 @@ class Engine:
 
     def _step(self, tokens, counts, logits, **fields):
         tokens = tokens.contiguous()
+        self._prepared(tokens, counts, logits, **fields)()
+        self._cache.filled()
+
+    def _prepared(self, tokens, counts, logits, **fields):
         B, T = tokens.shape
-        native.cpu.gpt2_step(self._fields | {"logits": logits.data_ptr(), "tokens": tokens.data_ptr(),
-                                             "counts": counts.data_ptr(), "B": B, "T": T} | fields)
-        self._cache.advance(counts)
+        return native.cpu.gpt2_step(self._fields | {"logits": logits.data_ptr(), "tokens": tokens.data_ptr(),
+                                                    "counts": counts.data_ptr(), "B": B, "T": T} | fields)
 
 
-_NO_DRAW = {"every": 0, "ids": 0, "uniform": 0, "stride_u": 0, "choices": 0, "temperature": 0.0, "top_k": 0,
+_NO_DRAW = {"every": 0, "ids": 0, "uniform": 0, "step": 0, "stride_u": 0, "choices": 0, "temperature": 0.0, "top_k": 0,
             "top_p": 1.0}
 
 

@@ -65,29 +65,28 @@ class EngineStep:
     """The steps of an Engine; sampler is a Sampler, uniform (B, steps) fp64."""
 
     def __init__(self, engine, sampler, uniform, stop):
-        self._engine, self._sampler, self._uniform, self._stop = engine, sampler, uniform, stop
-        self._new = torch.zeros(len(uniform), 1, dtype=torch.int64)
+        self._sampler, self._uniform, self._stop = sampler, uniform, stop
+        self._new = torch.zeros(len(uniform), dtype=torch.int64)  # what the step decodes, then what it drew
         self._counts = torch.ones(len(uniform), dtype=torch.int32)
-        self._left, self._at = None, 0
+        self._decode = engine.decoding(self._new, self._counts, sampler, uniform)
+        self._left = None
 
     def first(self, logits, left):
-        self._left, self._at = list(left), 0
-        return self._take(self._sampler(logits, self._uniform[:, 0]).tolist())
+        self._left = list(left)
+        self._new.copy_(self._sampler(logits, self._uniform[:, 0]))
+        return self._told()
 
     def __call__(self):
-        self._at += 1
-        ids = self._engine.draw(self._new, self._counts, self._sampler, self._uniform[:, self._at])
-        return self._take(ids.tolist())
+        self._decode()
+        return self._told()
 
-    def _take(self, ids):
-        ids = checked([token if left else ENDED for token, left in zip(ids, self._left)])
+    def _told(self):
+        ids = checked([token if left else ENDED for token, left in zip(self._new.tolist(), self._left)])
         for row, token in enumerate(ids):
-            if token == ENDED:
-                continue
-            self._left[row] = 0 if token == self._stop else self._left[row] - 1
-            self._new[row, 0] = token
-            if not self._left[row]:
-                self._counts[row] = 0
+            if self._left[row]:
+                self._left[row] = 0 if token == self._stop else self._left[row] - 1
+                if not self._left[row]:
+                    self._counts[row] = 0
         return ids
 
 
