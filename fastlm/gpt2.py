@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from fastlm.config import GPT2Config
-from fastlm.ops import attention_qkv, bias_gelu, layer_norm, linear_xent, softmax_xent
+from fastlm import dispatch
+from fastlm.ops import attention_qkv, bias_gelu, gpt2_block, layer_norm, linear_xent, softmax_xent
 
 __all__ = ["GPT2", "GPT2Config"]
 
@@ -86,8 +87,38 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x, cache, seed):
+        if cache is None and self._in_one_call(x):
+            ln_1, attn, ln_2, mlp = self.ln_1, self.attn, self.ln_2, self.mlp
+            parts = ln_1, attn.c_attn, attn.c_proj, ln_2, mlp.c_fc, mlp.c_proj
+            weights = [weight for part in parts for weight in (part.weight, part.bias)]
+            return gpt2_block(x, weights, heads=attn.n_head, epsilon=ln_1.eps)
         normed, x = self.ln_2(self.attn(self.ln_1(x), cache, seed), x)
         return x + self.mlp(normed)
+
+    def _in_one_call(self, x):
+        """Whether gpt2_block does what the parts would, and faster: fp32 on a CPU, no dropout, nothing changed or
+        hooked by the user, no backend forced for a part.
+        """
+        return (
+            x.device.type == "cpu" and x.dtype == self.ln_1.weight.dtype == torch.float32
+            and not (self.training and (self.attn.dropout or self.attn.residual_dropout))
+            and not torch.is_autocast_enabled("cpu") and gpt2_block_serves()
+            and all(type(part) is kind and not (part._forward_hooks or part._forward_pre_hooks or part._backward_hooks
+                                                or part._backward_pre_hooks) for part, kind in self._parts())
+        )
+
+    def _parts(self):
+        return ((self.ln_1, LayerNorm), (self.attn, Attention), (self.attn.c_attn, Conv1D), (self.attn.c_proj, Conv1D),
+                (self.ln_2, LayerNorm), (self.mlp, MLP), (self.mlp.c_fc, Conv1D), (self.mlp.c_proj, Conv1D))
+
+
+def gpt2_block_serves():
+    """Whether the kernel of gpt2_block runs where nobody asked for another backend, or it was asked for itself."""
+    forced = dispatch.forced("gpt2_block")
+    if forced is None:
+        return dispatch.machine_why_not("cpu") is None and not any(
+            dispatch.forced(part) for part in ("layer_norm", "attention", "bias_gelu"))
+    return forced == "cpu"
 
 
 class GPT2(nn.Module):

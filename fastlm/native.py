@@ -12,13 +12,19 @@ except ImportError:  # the backend's why_not says what is missing
 
 _DECODE_SPLIT = 128  # csrc/fastlm.h, kDecodeSplit
 _COLUMN_ROWS = 32  # kColumnRows
+_BLOCK_ROWS = 48  # kGpt2BlockRows
 _NORM_PIECE = 65536  # kNormPiece
+_BLOCK = "h1", "qkv", "o", "lse", "s", "h2", "u", "g", "statistics"  # what gpt2_block keeps for its backward
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # csrc/fastlm.h, DType
 
 
 def _strides(letters, tensor):
     """{"stride_qb": ..., "stride_qt": ...} for letters "qb qt"; csrc/fastlm.h names them."""
     return {f"stride_{letter}": stride for letter, stride in zip(letters.split(), tensor.stride())}
+
+
+def _pointers(names, tensors):
+    return {name: tensor.data_ptr() for name, tensor in zip(names, tensors, strict=True)}
 
 
 def _seed(dropout, seed):
@@ -71,6 +77,46 @@ class Launchers:
             dloss=dloss.data_ptr(), y=y.data_ptr(), N=N, V=V, ignore=ignore,
         )
         return loss, lse
+
+    def matmul(self, a, b, *, bias=None, out=None, add=False, dtype=None, sums=None):
+        """a (M, K) times b (K, N), each with rows or columns that are contiguous, plus bias (N,): into out, or into
+        what is new in `dtype` (a's unless given). add: to out, fp32, instead. sums (N,) fp32 takes those of b over K.
+        """
+        (M, K), N = a.shape, b.shape[1]
+        a, b = (t if 1 in t.stride() else t.contiguous() for t in (a, b))
+        y = torch.empty(M, N, dtype=dtype or a.dtype, device=a.device) if out is None else out
+        wide = None if bias is None else bias.float().contiguous()
+        self._run(
+            "matmul", y, y=y.data_ptr(), stride_ym=y.stride(0), column_sums=0 if sums is None else sums.data_ptr(),
+            a=a.data_ptr(), **_strides("am ak", a), b=b.data_ptr(), **_strides("bk bn", b),
+            bias=0 if bias is None else wide.data_ptr(), M=M, N=N, K=K, add=add, a_dtype=_DTYPES[a.dtype],
+            b_dtype=_DTYPES[b.dtype],
+        )
+        return y
+
+    def gpt2_block_fwd(self, x, weights, heads, epsilon):
+        (B, T, C), F = x.shape, weights[8].shape[1]
+        y, *rows = (x.new_empty(shape) for shape in (
+            x.shape, (B * T, C), (B * T, 3 * C), (B * T, C), (B, heads, T), (B * T, C), (B * T, C), (B * T, F),
+            (B * T, F), (4, B * T)))
+        addresses = torch.tensor([weight.data_ptr() for weight in weights])
+        self._plain(
+            "gpt2_block_fwd", x.device, y=y.data_ptr(), **_pointers(_BLOCK, rows), x=x.data_ptr(),
+            weights=addresses.data_ptr(), B=B, T=T, H=heads, D=C // heads, F=F, epsilon=epsilon,
+        )
+        return y, *rows
+
+    def gpt2_block_bwd(self, dy, x, saved, weights, heads):
+        (B, T, C), F = x.shape, weights[8].shape[1]
+        dx, gradients = torch.empty_like(x), x.new_empty(sum(weight.numel() for weight in weights))
+        scratch = x.new_empty(B * T * (6 * C + F) + B * heads * T + -(-B * T // _BLOCK_ROWS) * 8 * C)
+        addresses = torch.tensor([weight.data_ptr() for weight in weights])
+        self._plain(
+            "gpt2_block_bwd", x.device, dx=dx.data_ptr(), gradients=gradients.data_ptr(), scratch=scratch.data_ptr(),
+            dy=dy.data_ptr(), x=x.data_ptr(), **_pointers(_BLOCK, saved), weights=addresses.data_ptr(), B=B, T=T,
+            H=heads, D=C // heads, F=F,
+        )
+        return dx, gradients
 
     def bias_gelu_fwd(self, x, bias):
         N, C = x.shape

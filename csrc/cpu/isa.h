@@ -8,6 +8,9 @@
   X(softmax_xent_fwd, SoftmaxXentFwd)   \
   X(softmax_xent_bwd, SoftmaxXentBwd)   \
   X(softmax_xent_, SoftmaxXentBoth)     \
+  X(matmul, Matmul)                     \
+  X(gpt2_block_fwd, Gpt2BlockFwd)       \
+  X(gpt2_block_bwd, Gpt2BlockBwd)       \
   X(bias_gelu_fwd, BiasGeluFwd)         \
   X(bias_gelu_bwd, BiasGeluBwd)         \
   X(layer_norm_fwd, LayerNormFwd)       \
