@@ -1,5 +1,5 @@
-"""adamw_, a step over one flat buffer, beside the same written in PyTorch, plain and compiled; `fastlm torch` is its
-fused optimizer.
+"""adamw_, a step over one flat buffer with clipped gradients, as the trainer takes it, beside the same written in
+PyTorch, plain and compiled; `fastlm torch` is its fused optimizer.
 
 Least traffic: p, g and both moments are read, p and the moments written, 28 · n bytes.
 """
@@ -20,9 +20,10 @@ def cases(shape, dtype, device):
 
     def operands(count=n):
         p, g, m = (torch.randn(count, device=device) for _ in range(3))
-        return p, g, 0.1 * m, (0.1 * m).square()
+        return p, g, 0.1 * m, (0.1 * m).square(), torch.tensor(0.7, device=device)
 
-    def step(p, g, exp_avg, exp_avg_sq):
+    def step(p, g, exp_avg, exp_avg_sq, scale):
+        g = g * scale
         lr, beta1, beta2, epsilon, decay = OPTIONS.values()
         p.mul_(1 - lr * decay)
         exp_avg.lerp_(g, 1 - beta1)
@@ -32,15 +33,15 @@ def cases(shape, dtype, device):
     yield Case(
         op="adamw", part="step", shape=shape, dtype=dtype, bytes=28 * n, flops=0, memory=40 * n + 64 * min(n, 2**20),
         operands=operands, check=lambda: operands(min(n, 2**20)),
-        ours=_results(lambda *tensors: fastlm.adamw_(*tensors, step=3, **OPTIONS)),
+        ours=_results(lambda *tensors: fastlm.adamw_(*tensors[:4], scale=tensors[4], step=3, **OPTIONS)),
         peers={"eager": _results(step), "torch.compile": _results(torch.compile(step))},
     )
 
 
 def _results(function):
-    def run(p, g, exp_avg, exp_avg_sq):
+    def run(p, g, exp_avg, exp_avg_sq, scale):
         with torch.no_grad():
-            function(p, g, exp_avg, exp_avg_sq)
+            function(p, g, exp_avg, exp_avg_sq, scale)
         return {"p": p, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
 
     return run

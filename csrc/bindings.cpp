@@ -41,9 +41,8 @@ PYBIND11_MODULE(_C, m) {
   bind_cpu(on_cpu, "softmax_xent_fwd", cpu::softmax_xent_fwd);
   bind_cpu(on_cpu, "softmax_xent_bwd", cpu::softmax_xent_bwd);
   bind_cpu(on_cpu, "softmax_xent_", cpu::softmax_xent_);
-  bind_cpu(on_cpu, "matmul", cpu::matmul);
-  bind_cpu(on_cpu, "gpt2_block_fwd", cpu::gpt2_block_fwd);
-  bind_cpu(on_cpu, "gpt2_block_bwd", cpu::gpt2_block_bwd);
+  bind_cpu(on_cpu, "gpt2_blocks_fwd", cpu::gpt2_blocks_fwd);
+  bind_cpu(on_cpu, "gpt2_blocks_bwd", cpu::gpt2_blocks_bwd);
   bind_cpu(on_cpu, "bias_gelu_fwd", cpu::bias_gelu_fwd);
   bind_cpu(on_cpu, "bias_gelu_bwd", cpu::bias_gelu_bwd);
   bind_cpu(on_cpu, "layer_norm_fwd", cpu::layer_norm_fwd);

@@ -55,51 +55,35 @@ struct SoftmaxXentBoth {
   DType dtype;
 };
 
-// y[m, n] = (sum_k a[m, k] b[k, n] + bias[n]) gelu'(slope_of[m, n]) + residual[m, n];  gelu[m, n] = gelu(y[m, n]);
-// column_sums[n] = sum_k b[k, n]. What is null is left out.
-struct Matmul {
-  void* y;             // out (M, N), dtype; with `add`, inout fp32
-  int64_t stride_ym;
-  float* column_sums;  // out (N,)
-  const void* a;       // in  (M, K), a_dtype
-  int64_t stride_am, stride_ak;  // one of them 1
-  const void* b;       // in  (K, N), b_dtype
-  int64_t stride_bk, stride_bn;  // one of them 1
-  const float* bias;             // in  (N,)
-  const float* slope_of;         // in  (M, N), rows stride_ym apart, as are the next two
-  const float* residual;         // in  (M, N)
-  float* gelu;                   // out (M, N)
-  int64_t M, N, K;
-  int add;             // y += the product instead of y =
-  DType dtype, a_dtype, b_dtype;
-};
-
 // Rows that a thread carries through a block of GPT-2.
 constexpr int64_t kGpt2BlockRows = 48;
 
-// A whole block of GPT-2 in fp32, N = B·T rows, F the width of the MLP:
+// L blocks of GPT-2 in fp32, N = B·T rows, F the width of the MLP. A block, y being the next one's x:
 //   h1 = norm(x) ln_1;  qkv = h1 W_qkv + b;  o = attention(qkv), causal;  s = x + o W_proj + b
 //   h2 = norm(s) ln_2;  u = h2 W_up + b;  g = gelu(u);  y = s + g W_down + b
-// All tensors are contiguous, matrices (inputs, outputs). The weights in order: ln_1 weight, bias; qkv, proj: matrix,
-// bias; ln_2 weight, bias; up, down: matrix, bias.
-struct Gpt2BlockFwd {
-  float *y, *h1, *s, *h2, *o;  // out (N, C)
-  float *qkv, *u, *g;          // out (N, 3 C), (N, F), (N, F)
-  float* lse;                  // out (B, H, T)
-  float* statistics;           // out (4, N) mean and rstd of ln_1, mean and rstd of ln_2
-  const float* x;              // in  (N, C)
-  const int64_t* weights;      // in  (12,) addresses
-  int64_t B, T, H, D, F;
+// All tensors are contiguous, matrices (inputs, outputs). The weights of a block in order: ln_1 weight, bias; qkv, proj:
+// matrix, bias; ln_2 weight, bias; up, down: matrix, bias.
+struct Gpt2BlocksFwd {
+  float* y;                        // out (N, C) of the last block
+  float* between;                  // out (L - 1, N, C) y of the others
+  float *h1, *qkv, *o;             // out (L, N, C), (L, N, 3 C), (L, N, C)
+  float* lse;                      // out (L, B, H, T)
+  float *s, *h2, *u, *g;           // out (L, N, C), (L, N, C), (L, N, F), (L, N, F)
+  float* statistics;               // out (L, 4, N) mean and rstd of ln_1, mean and rstd of ln_2
+  const float* x;                  // in  (N, C)
+  const int64_t* weights;          // in  (L, 12) addresses
+  int64_t L, B, T, H, D, F;
   float epsilon;
 };
 
-struct Gpt2BlockBwd {
-  float* dx;                   // out (N, C)
-  float* gradients;            // out those of the weights, one behind the other
-  float* scratch;              // (N · (6 C + F) + B · H · T + ceil(N / kGpt2BlockRows) · 8 C,)
-  const float *dy, *x, *h1, *s, *h2, *o, *qkv, *u, *g, *lse, *statistics;  // in
-  const int64_t* weights;      // in  (12,) addresses
-  int64_t B, T, H, D, F;
+struct Gpt2BlocksBwd {
+  float* dx;                       // out (N, C)
+  float* gradients;                // out those of the weights, one behind the other
+  float* scratch;                  // (N · (8 C + F) + B · H · T + ceil(N / kGpt2BlockRows) · 8 C,)
+  const float *dy, *x;             // in  (N, C)
+  const float *between, *h1, *qkv, *o, *lse, *s, *h2, *u, *g, *statistics;  // in  as forward left them
+  const int64_t* weights;          // in  (L, 12) addresses
+  int64_t L, B, T, H, D, F;
 };
 
 // Rows whose contributions to a sum over all rows are added before others are.
@@ -335,9 +319,8 @@ namespace cpu {
 void softmax_xent_fwd(const SoftmaxXentFwd& op, int threads);
 void softmax_xent_bwd(const SoftmaxXentBwd& op, int threads);
 void softmax_xent_(const SoftmaxXentBoth& op, int threads);
-void matmul(const Matmul& op, int threads);
-void gpt2_block_fwd(const Gpt2BlockFwd& op, int threads);
-void gpt2_block_bwd(const Gpt2BlockBwd& op, int threads);
+void gpt2_blocks_fwd(const Gpt2BlocksFwd& op, int threads);
+void gpt2_blocks_bwd(const Gpt2BlocksBwd& op, int threads);
 void bias_gelu_fwd(const BiasGeluFwd& op, int threads);
 void bias_gelu_bwd(const BiasGeluBwd& op, int threads);
 void layer_norm_fwd(const LayerNormFwd& op, int threads);

@@ -36,32 +36,22 @@ inline std::vector<Field<SoftmaxXentBoth>> fields_of() {
 }
 
 template <>
-inline std::vector<Field<Matmul>> fields_of() {
-  using Op = Matmul;
+inline std::vector<Field<Gpt2BlocksFwd>> fields_of() {
+  using Op = Gpt2BlocksFwd;
   return {
-      FIELD(y), FIELD(stride_ym), FIELD(column_sums), FIELD(a), FIELD(stride_am), FIELD(stride_ak), FIELD(b),
-      FIELD(stride_bk), FIELD(stride_bn), FIELD(bias), FIELD(slope_of), FIELD(residual), FIELD(gelu), FIELD(M),
-      FIELD(N), FIELD(K), FIELD(add), FIELD(dtype), FIELD(a_dtype), FIELD(b_dtype)
+      FIELD(y), FIELD(between), FIELD(h1), FIELD(qkv), FIELD(o), FIELD(lse), FIELD(s), FIELD(h2), FIELD(u),
+      FIELD(g), FIELD(statistics), FIELD(x), FIELD(weights), FIELD(L), FIELD(B), FIELD(T), FIELD(H),
+      FIELD(D), FIELD(F), FIELD(epsilon)
   };
 }
 
 template <>
-inline std::vector<Field<Gpt2BlockFwd>> fields_of() {
-  using Op = Gpt2BlockFwd;
+inline std::vector<Field<Gpt2BlocksBwd>> fields_of() {
+  using Op = Gpt2BlocksBwd;
   return {
-      FIELD(y), FIELD(h1), FIELD(s), FIELD(h2), FIELD(o), FIELD(qkv), FIELD(u), FIELD(g), FIELD(lse),
-      FIELD(statistics), FIELD(x), FIELD(weights), FIELD(B), FIELD(T), FIELD(H), FIELD(D), FIELD(F),
-      FIELD(epsilon)
-  };
-}
-
-template <>
-inline std::vector<Field<Gpt2BlockBwd>> fields_of() {
-  using Op = Gpt2BlockBwd;
-  return {
-      FIELD(dx), FIELD(gradients), FIELD(scratch), FIELD(dy), FIELD(x), FIELD(h1), FIELD(s), FIELD(h2),
-      FIELD(o), FIELD(qkv), FIELD(u), FIELD(g), FIELD(lse), FIELD(statistics), FIELD(weights), FIELD(B),
-      FIELD(T), FIELD(H), FIELD(D), FIELD(F)
+      FIELD(dx), FIELD(gradients), FIELD(scratch), FIELD(dy), FIELD(x), FIELD(between), FIELD(h1),
+      FIELD(qkv), FIELD(o), FIELD(lse), FIELD(s), FIELD(h2), FIELD(u), FIELD(g), FIELD(statistics),
+      FIELD(weights), FIELD(L), FIELD(B), FIELD(T), FIELD(H), FIELD(D), FIELD(F)
   };
 }
 

@@ -15,7 +15,7 @@ _HOMES = {
     "bias_gelu": "fastlm.ops",
     "cache_append_": "fastlm.ops",
     "decode_attention": "fastlm.ops",
-    "gpt2_block": "fastlm.ops",
+    "gpt2_blocks": "fastlm.ops",
     "grad_norm": "fastlm.ops",
     "keep_heap": "fastlm.native",
     "layer_norm": "fastlm.ops",

@@ -122,6 +122,17 @@ def _linear_xent(random, to):
     return {"dh": h.grad, "dw": w.grad}
 
 
+def _gpt2_blocks(random, to):
+    wide = torch.promote_types(to(random(1)).dtype, torch.float32)
+    C, sizes = 24, {"C": 24, "3C": 72, "F": 40}
+    x = to(random(2, 19, C)).to(wide).requires_grad_()
+    weights = [to(random(*(sizes[size] for size in shape.split()))).to(wide).div(C**0.5).requires_grad_()
+               for _ in range(2) for shape in ops.BLOCK_WEIGHTS.values()]
+    y = ops.gpt2_blocks(x, weights, heads=3)
+    y.backward(to(random(2, 19, C)).to(wide))
+    return {"y": y.detach(), "dx": x.grad, "dqkv": weights[2].grad, "ddown": weights[10].grad}
+
+
 def _adamw(random, to):
     wide = torch.promote_types(to(random(1)).dtype, torch.float32)
     p, g, m = (to(random(1000)).to(wide) for _ in range(3))
@@ -138,7 +149,8 @@ def _grad_norm(random, to):
 CASES = {
     "softmax_xent": _softmax_xent, "attention": _attention,
     "decode_attention": _decode_attention, "cache_append": _cache_append, "bias_gelu": _bias_gelu,
-    "layer_norm": _layer_norm, "linear_xent": _linear_xent, "adamw": _adamw, "grad_norm": _grad_norm,
+    "layer_norm": _layer_norm, "linear_xent": _linear_xent, "gpt2_blocks": _gpt2_blocks, "adamw": _adamw,
+    "grad_norm": _grad_norm,
 }
 
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from fastlm.config import GPT2Config
 from fastlm import dispatch
-from fastlm.ops import attention_qkv, bias_gelu, gpt2_block, layer_norm, linear_xent, softmax_xent
+from fastlm.ops import attention_qkv, bias_gelu, gpt2_blocks, layer_norm, linear_xent, softmax_xent
 
 __all__ = ["GPT2", "GPT2Config"]
 
@@ -87,38 +87,24 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x, cache, seed):
-        if cache is None and self._in_one_call(x):
-            ln_1, attn, ln_2, mlp = self.ln_1, self.attn, self.ln_2, self.mlp
-            parts = ln_1, attn.c_attn, attn.c_proj, ln_2, mlp.c_fc, mlp.c_proj
-            weights = [weight for part in parts for weight in (part.weight, part.bias)]
-            return gpt2_block(x, weights, heads=attn.n_head, epsilon=ln_1.eps)
         normed, x = self.ln_2(self.attn(self.ln_1(x), cache, seed), x)
         return x + self.mlp(normed)
 
-    def _in_one_call(self, x):
-        """Whether gpt2_block does what the parts would, and faster: fp32 on a CPU, no dropout, nothing changed or
-        hooked by the user, no backend forced for a part.
-        """
-        return (
-            x.device.type == "cpu" and x.dtype == self.ln_1.weight.dtype == torch.float32
-            and not (self.training and (self.attn.dropout or self.attn.residual_dropout))
-            and not torch.is_autocast_enabled("cpu") and gpt2_block_serves()
-            and all(type(part) is kind and not (part._forward_hooks or part._forward_pre_hooks or part._backward_hooks
-                                                or part._backward_pre_hooks) for part, kind in self._parts())
-        )
+    def weights(self):
+        """The weights in gpt2_blocks' order."""
+        parts = self.ln_1, self.attn.c_attn, self.attn.c_proj, self.ln_2, self.mlp.c_fc, self.mlp.c_proj
+        return [weight for part in parts for weight in (part.weight, part.bias)]
 
-    def _parts(self):
-        return ((self.ln_1, LayerNorm), (self.attn, Attention), (self.attn.c_attn, Conv1D), (self.attn.c_proj, Conv1D),
-                (self.ln_2, LayerNorm), (self.mlp, MLP), (self.mlp.c_fc, Conv1D), (self.mlp.c_proj, Conv1D))
+    def is_plain(self):
+        """Whether nothing in it has another class, or a hook."""
+        attn, mlp = self.attn, self.mlp
+        parts = ((self, Block), (self.ln_1, LayerNorm), (attn, Attention), (attn.c_attn, Conv1D), (attn.c_proj, Conv1D),
+                 (self.ln_2, LayerNorm), (mlp, MLP), (mlp.c_fc, Conv1D), (mlp.c_proj, Conv1D))
+        return all(type(part) is kind and not (part._forward_hooks or part._forward_pre_hooks or part._backward_hooks
+                                               or part._backward_pre_hooks) for part, kind in parts)
 
 
-def gpt2_block_serves():
-    """Whether the kernel of gpt2_block runs where nobody asked for another backend, or it was asked for itself."""
-    forced = dispatch.forced("gpt2_block")
-    if forced is None:
-        return dispatch.machine_why_not("cpu") is None and not any(
-            dispatch.forced(part) for part in ("layer_norm", "attention", "bias_gelu"))
-    return forced == "cpu"
+AT_ONCE = 2**22  # weights of the blocks that one call of gpt2_blocks takes: their gradients exist together
 
 
 class GPT2(nn.Module):
@@ -167,9 +153,34 @@ class GPT2(nn.Module):
         seeds = self._layer_seeds(seed) if self.training and self.config.attn_pdrop else [None] * self.config.n_layer
         x = self.transformer.wte(tokens, sparse) + self.transformer.wpe(positions)
         x = F.dropout(x, self.config.embd_pdrop, self.training)
-        for block, seed in zip(self.transformer.h, seeds):
-            x = block(x, cache, seed)
+        if cache is None and self._in_whole_blocks(x):
+            x = self._whole_blocks(x)
+        else:
+            for block, seed in zip(self.transformer.h, seeds):
+                x = block(x, cache, seed)
         return self.transformer.ln_f(x)
+
+    def _in_whole_blocks(self, x):
+        """Whether gpt2_blocks does what the blocks would, and faster: plain ones in fp32 on a CPU, without dropout,
+        where no backend is forced for a part of them.
+        """
+        if x.device.type != "cpu" or x.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
+            return False
+        if self.training and (self.config.attn_pdrop or self.config.resid_pdrop):
+            return False
+        forced = dispatch.forced("gpt2_blocks")
+        if forced is None and (dispatch.machine_why_not("cpu") is not None or any(
+                dispatch.forced(part) for part in ("layer_norm", "attention", "bias_gelu"))):
+            return False
+        return forced in (None, "cpu") and self.dtype == x.dtype and all(b.is_plain() for b in self.transformer.h)
+
+    def _whole_blocks(self, x):
+        blocks, config = self.transformer.h, self.config
+        many = max(1, AT_ONCE // (12 * config.n_embd**2))
+        for first in range(0, len(blocks), many):
+            weights = [weight for block in blocks[first : first + many] for weight in block.weights()]
+            x = gpt2_blocks(x, weights, heads=config.n_head, epsilon=config.layer_norm_epsilon)
+        return x
 
     def _layer_seeds(self, seed):
         """The dropout seed of every layer, (4,) each: seed, step, layer, first sequence."""

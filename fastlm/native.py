@@ -14,7 +14,7 @@ _DECODE_SPLIT = 128  # csrc/fastlm.h, kDecodeSplit
 _COLUMN_ROWS = 32  # kColumnRows
 _BLOCK_ROWS = 48  # kGpt2BlockRows
 _NORM_PIECE = 65536  # kNormPiece
-_BLOCK = "h1", "qkv", "o", "lse", "s", "h2", "u", "g", "statistics"  # what gpt2_block keeps for its backward
+_BLOCKS = "between", "h1", "qkv", "o", "lse", "s", "h2", "u", "g", "statistics"  # what gpt2_blocks keeps
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # csrc/fastlm.h, DType
 
 
@@ -78,43 +78,27 @@ class Launchers:
         )
         return loss, lse
 
-    def matmul(self, a, b, *, bias=None, out=None, add=False, dtype=None, sums=None):
-        """a (M, K) times b (K, N), each with rows or columns that are contiguous, plus bias (N,): into out, or into
-        what is new in `dtype` (a's unless given). add: to out, fp32, instead. sums (N,) fp32 takes those of b over K.
-        """
-        (M, K), N = a.shape, b.shape[1]
-        a, b = (t if 1 in t.stride() else t.contiguous() for t in (a, b))
-        y = torch.empty(M, N, dtype=dtype or a.dtype, device=a.device) if out is None else out
-        wide = None if bias is None else bias.float().contiguous()
-        self._run(
-            "matmul", y, y=y.data_ptr(), stride_ym=y.stride(0), column_sums=0 if sums is None else sums.data_ptr(),
-            a=a.data_ptr(), **_strides("am ak", a), b=b.data_ptr(), **_strides("bk bn", b),
-            bias=0 if bias is None else wide.data_ptr(), M=M, N=N, K=K, add=add, a_dtype=_DTYPES[a.dtype],
-            b_dtype=_DTYPES[b.dtype],
-        )
-        return y
-
-    def gpt2_block_fwd(self, x, weights, heads, epsilon):
-        (B, T, C), F = x.shape, weights[8].shape[1]
-        y, *rows = (x.new_empty(shape) for shape in (
-            x.shape, (B * T, C), (B * T, 3 * C), (B * T, C), (B, heads, T), (B * T, C), (B * T, C), (B * T, F),
-            (B * T, F), (4, B * T)))
-        addresses = torch.tensor([weight.data_ptr() for weight in weights])
+    def gpt2_blocks_fwd(self, x, weights, heads, epsilon):
+        (B, T, C), L, F = x.shape, len(weights) // 12, weights[8].shape[1]
+        N, y, addresses = B * T, torch.empty_like(x), torch.tensor([weight.data_ptr() for weight in weights])
+        kept = [x.new_empty(shape) for shape in (
+            (L - 1, N, C), (L, N, C), (L, N, 3 * C), (L, N, C), (L, B, heads, T), (L, N, C), (L, N, C), (L, N, F),
+            (L, N, F), (L, 4, N))]
         self._plain(
-            "gpt2_block_fwd", x.device, y=y.data_ptr(), **_pointers(_BLOCK, rows), x=x.data_ptr(),
-            weights=addresses.data_ptr(), B=B, T=T, H=heads, D=C // heads, F=F, epsilon=epsilon,
+            "gpt2_blocks_fwd", x.device, y=y.data_ptr(), **_pointers(_BLOCKS, kept), x=x.data_ptr(),
+            weights=addresses.data_ptr(), L=L, B=B, T=T, H=heads, D=C // heads, F=F, epsilon=epsilon,
         )
-        return y, *rows
+        return y, *kept
 
-    def gpt2_block_bwd(self, dy, x, saved, weights, heads):
-        (B, T, C), F = x.shape, weights[8].shape[1]
+    def gpt2_blocks_bwd(self, dy, x, saved, weights, heads):
+        (B, T, C), L, F = x.shape, len(weights) // 12, weights[8].shape[1]
         dx, gradients = torch.empty_like(x), x.new_empty(sum(weight.numel() for weight in weights))
-        scratch = x.new_empty(B * T * (6 * C + F) + B * heads * T + -(-B * T // _BLOCK_ROWS) * 8 * C)
+        scratch = x.new_empty(B * T * (8 * C + F) + B * heads * T + -(-B * T // _BLOCK_ROWS) * 8 * C)
         addresses = torch.tensor([weight.data_ptr() for weight in weights])
         self._plain(
-            "gpt2_block_bwd", x.device, dx=dx.data_ptr(), gradients=gradients.data_ptr(), scratch=scratch.data_ptr(),
-            dy=dy.data_ptr(), x=x.data_ptr(), **_pointers(_BLOCK, saved), weights=addresses.data_ptr(), B=B, T=T,
-            H=heads, D=C // heads, F=F,
+            "gpt2_blocks_bwd", x.device, dx=dx.data_ptr(), gradients=gradients.data_ptr(),
+            scratch=scratch.data_ptr(), dy=dy.data_ptr(), x=x.data_ptr(), **_pointers(_BLOCKS, saved),
+            weights=addresses.data_ptr(), L=L, B=B, T=T, H=heads, D=C // heads, F=F,
         )
         return dx, gradients
 

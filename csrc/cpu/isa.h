@@ -8,9 +8,8 @@
   X(softmax_xent_fwd, SoftmaxXentFwd)   \
   X(softmax_xent_bwd, SoftmaxXentBwd)   \
   X(softmax_xent_, SoftmaxXentBoth)     \
-  X(matmul, Matmul)                     \
-  X(gpt2_block_fwd, Gpt2BlockFwd)       \
-  X(gpt2_block_bwd, Gpt2BlockBwd)       \
+  X(gpt2_blocks_fwd, Gpt2BlocksFwd)     \
+  X(gpt2_blocks_bwd, Gpt2BlocksBwd)     \
   X(bias_gelu_fwd, BiasGeluFwd)         \
   X(bias_gelu_bwd, BiasGeluBwd)         \
   X(layer_norm_fwd, LayerNormFwd)       \

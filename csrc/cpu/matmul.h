@@ -1,9 +1,9 @@
-// Blocks of a matrix product y = a b + bias and more, with a (M, K) and b (K, N) in rows or in columns (Matmul).
+// Matrix products in fp32, a block of rows at a time: y = a b, and what is made of it while it is written.
 //
 // b is packed into panels of kTileColumns columns. A block of y is one thread's: of kDepth after kDepth of k it copies
 // its rows of a, which then lie in the second-level cache, and multiplies them, kTileRows by kTileColumns values of y in
-// registers, with one panel after the other, of which kDepth rows fill half of the first-level cache. What is narrower
-// is widened to fp32 where it is copied. Every value adds up in steps of kDepth, so that the bits depend on nothing else.
+// registers, with one panel after the other, of which kDepth rows fill half of the first-level cache. Every value adds up
+// in steps of kDepth, so that the bits depend on nothing else.
 #pragma once
 
 #include <algorithm>
@@ -23,23 +23,110 @@ constexpr int kTileRows = 4;
 #endif
 constexpr int kTileVectors = 2;
 constexpr int64_t kTileColumns = kTileVectors * kLanes;
-constexpr int64_t kLine = 16;  // floats of a cache line
 constexpr int64_t kDepth = 256;
+constexpr int64_t kLine = 16;       // floats of a cache line
+constexpr int64_t kAtOnce = 4;      // panels that are packed together: more neighbours of a row of b
+constexpr int64_t kRowsAhead = 12;  // rows are fetched ahead where they lie too far apart to be guessed
+
+// y[m, n] = (sum_k a[m, k] b[k, n] + bias[n]) gelu'(slope_of[m, n]) + residual[m, n];  gelu[m, n] = gelu(y[m, n]).
+// Of a's strides one is 1, and of b's. y, slope_of, residual and gelu are (M, N), contiguous; what is null is left out.
+struct Product {
+  float* y;
+  const float* a;  // (M, K)
+  int64_t am, ak;
+  const float* b;  // (K, N)
+  int64_t bk, bn;
+  int64_t M, N, K;
+  const float* bias = nullptr;  // (N,)
+  const float* slope_of = nullptr;
+  const float* residual = nullptr;
+  float* gelu = nullptr;
+};
 
 using Tile = Floats[kTileRows][kTileVectors];
 
 inline int64_t ceil(int64_t n, int64_t by) { return (n + by - 1) / by; }
 inline int64_t up(int64_t n, int64_t multiple) { return ceil(n, multiple) * multiple; }
 
-// f(T{}) for the T of a dtype.
-template <class F>
-void with(DType dtype, F&& f) {
-  switch (dtype) {
-    case DType::f32: return f(float{});
-    case DType::bf16: return f(Bf16{});
-    case DType::f16: return f(Fp16{});
+// ---- packing
+
+// to[0 … count) = from, then zeros up to `padded`.
+inline void copy(float* to, const float* from, int64_t count, int64_t padded) {
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) store(to + i, load(from + i));
+  for (; i < count; i++) to[i] = from[i];
+  for (; i < padded; i++) to[i] = 0.0f;
+}
+
+// Columns n0 … of b, at most kAtOnce panels, as panels (K, kTileColumns), one behind the other.
+inline void pack_panels(float* panels, const Product& op, int64_t n0) {
+  const float* b = op.b + n0 * op.bn;
+  const int64_t columns = std::min(kAtOnce * kTileColumns, op.N - n0), panel = op.K * kTileColumns;
+  if (op.bn == 1) {
+    for (int64_t k = 0; k < op.K; k++)
+      for (int64_t n = 0; n < columns; n += kTileColumns) {
+        const float* from = b + k * op.bk + n;
+        __builtin_prefetch(from + kRowsAhead * op.bk);
+        copy(panels + n / kTileColumns * panel + k * kTileColumns, from, std::min(kTileColumns, columns - n),
+             kTileColumns);
+      }
+    return;
+  }
+  for (int64_t first = 0; first < columns; first += kTileColumns, panels += panel, b += kTileColumns * op.bn) {
+    const int64_t width = std::min(kTileColumns, columns - first);
+    int64_t k = 0;
+    for (; width == kTileColumns && k + kLanes <= op.K; k += kLanes)
+      for (int64_t n = 0; n < kTileColumns; n += kLanes) {
+        Floats square[kLanes];
+#pragma GCC unroll 16
+        for (int i = 0; i < kLanes; i++) square[i] = load(b + (n + i) * op.bn + k);
+        transpose(square);
+#pragma GCC unroll 16
+        for (int i = 0; i < kLanes; i++) store(panels + (k + i) * kTileColumns + n, square[i]);
+      }
+    for (; k < op.K; k++)
+      for (int64_t n = 0; n < kTileColumns; n++) panels[k * kTileColumns + n] = n < width ? b[n * op.bn + k] : 0.0f;
   }
 }
+
+// The sums over K of a panel's first `columns` columns.
+inline void sum_panel(float* sums, const float* panel, int64_t K, int64_t columns) {
+  Floats totals[kTileVectors] = {};
+  for (int64_t k0 = 0; k0 < K; k0 += kDepth) {
+    Floats parts[kTileVectors] = {};
+    for (int64_t k = k0; k < std::min(K, k0 + kDepth); k++)
+      for (int v = 0; v < kTileVectors; v++) parts[v] += load(panel + k * kTileColumns + v * kLanes);
+    for (int v = 0; v < kTileVectors; v++) totals[v] += parts[v];
+  }
+  for (int64_t n = 0; n < columns; n++) sums[n] = totals[n / kLanes][n % kLanes];
+}
+
+// Rows m0 … of a for `many` k from k0 on: in rows kDepth apart, or with `strips`, where a lies in columns, kTileRows rows
+// by column; zeros behind the last row up to a whole strip.
+template <bool strips>
+void copy_block(float* to, const Product& op, int64_t m0, int64_t rows, int64_t k0, int64_t many) {
+  const float* a = op.a + m0 * op.am + k0 * op.ak;
+  const int64_t padded = up(rows, kTileRows);
+  if constexpr (strips) {
+    for (int64_t k = 0; k < many; k++) {
+      const float* column = a + k * op.ak;
+      for (int64_t m = 0; m < rows; m += kLine) __builtin_prefetch(column + kRowsAhead * op.ak + m);
+      for (int64_t m = 0; m < padded; m += kTileRows) {
+        float* strip = to + m * kDepth + k * kTileRows;
+        if (m + kTileRows <= rows) {
+          std::memcpy(strip, column + m, sizeof(float) * kTileRows);
+        } else {
+          for (int64_t i = 0; i < kTileRows; i++) strip[i] = m + i < rows ? column[m + i] : 0.0f;
+        }
+      }
+    }
+  } else {
+    for (int64_t m = 0; m < rows; m++) copy(to + m * kDepth, a + m * op.am, many, many);
+    for (int64_t m = rows; m < padded; m++) std::fill_n(to + m * kDepth, many, 0.0f);
+  }
+}
+
+// ---- multiplying
 
 // tile = a panel over K (a[m, k] at a + m · kDepth + k, or with `strips` at a + k · kTileRows + m).
 template <bool strips>
@@ -76,147 +163,59 @@ inline void multiply(Tile& tile, const float* a, const float* panel, int64_t K) 
     for (int v = 0; v < kTileVectors; v++) tile[m][v] = sums[m][v];
 }
 
-// to[0 … count) = from as fp32, then zeros up to `padded`.
-template <class T>
-inline void copy(float* to, const T* from, int64_t count, int64_t padded) {
-  int64_t i = 0;
-  for (; i + kLanes <= count; i += kLanes) store(to + i, load(from + i));
-  for (; i < count; i++) to[i] = to_float(from[i]);
-  for (; i < padded; i++) to[i] = 0.0f;
-}
-
-// Columns n0 … of b, at most kTileColumns, as a panel (K, kTileColumns), and their sums (kTileColumns,).
-template <class T>
-void pack_panel(float* panel, float* sums, const Matmul& op, int64_t n0) {
-  const T* b = static_cast<const T*>(op.b) + n0 * op.stride_bn;
-  const int64_t columns = std::min(kTileColumns, op.N - n0);
-  if (op.stride_bn == 1) {
-    for (int64_t k = 0; k < op.K; k++) copy(panel + k * kTileColumns, b + k * op.stride_bk, columns, kTileColumns);
-  } else {
-    for (int64_t k0 = 0; k0 < op.K; k0 += kLanes) {
-      const int64_t many = std::min(int64_t(kLanes), op.K - k0);
-      for (int64_t n = 0; n < columns; n++) {
-        const T* from = b + n * op.stride_bn + k0 * op.stride_bk;
-        for (int64_t k = 0; k < many; k++) panel[(k0 + k) * kTileColumns + n] = to_float(from[k * op.stride_bk]);
-      }
-      for (int64_t k = 0; k < many; k++)
-        for (int64_t n = columns; n < kTileColumns; n++) panel[(k0 + k) * kTileColumns + n] = 0.0f;
+// Fetches what a tile of y will be made of, while it is multiplied.
+inline void fetch_for_take(const Product& op, int64_t m, int64_t n) {
+  const int64_t rows = std::min(int64_t(kTileRows), op.M - m), at = m * op.N + n;
+  for (int64_t i = 0; i < rows; i++)
+    for (int64_t c = 0; c < kTileColumns; c += kLine) {
+      const int64_t place = at + i * op.N + c;
+      __builtin_prefetch(op.y + place, 1);
+      if (op.gelu) __builtin_prefetch(op.gelu + place, 1);
+      if (op.slope_of) __builtin_prefetch(op.slope_of + place);
+      if (op.residual) __builtin_prefetch(op.residual + place);
     }
-  }
-  if (!op.column_sums) return;
-  for (int v = 0; v < kTileVectors; v++) {
-    Floats total{};
-    for (int64_t k0 = 0; k0 < op.K; k0 += kDepth) {
-      Floats part{};
-      for (int64_t k = k0; k < std::min(op.K, k0 + kDepth); k++) part += load(panel + k * kTileColumns + v * kLanes);
-      total += part;
-    }
-    store(sums + v * kLanes, total);
-  }
 }
 
-// Rows m0 … of a for `many` k from k0 on: in rows kDepth apart, or with `strips` kTileRows rows by column; zeros behind
-// the last row up to a whole strip.
-template <class T, bool strips>
-void copy_block(float* to, const Matmul& op, int64_t m0, int64_t rows, int64_t k0, int64_t many) {
-  const T* a = static_cast<const T*>(op.a) + m0 * op.stride_am + k0 * op.stride_ak;
-  const int64_t padded = up(rows, kTileRows);
-  if constexpr (strips) {
-    for (int64_t k = 0; k < many; k++)
-      for (int64_t m = 0; m < padded; m += kTileRows) {
-        const T* from = a + k * op.stride_ak + m * op.stride_am;
-        float* strip = to + m * kDepth + k * kTileRows;
-        if (m + kTileRows <= rows && op.stride_am == 1) {
-#pragma GCC unroll 16
-          for (int i = 0; i < kTileRows; i++) strip[i] = to_float(from[i]);
-        } else {
-          for (int64_t i = 0; i < kTileRows; i++) strip[i] = m + i < rows ? to_float(from[i * op.stride_am]) : 0.0f;
-        }
-      }
-  } else {
-    for (int64_t m = 0; m < rows; m++) copy(to + m * kDepth, a + m * op.stride_am, many, many);
-    for (int64_t m = rows; m < padded; m++) std::fill_n(to + m * kDepth, many, 0.0f);
-  }
-}
-
-// Where the sums of a block of y add up, ld apart: in y itself where that is fp32.
-struct Sums {
-  float* at;
-  int64_t ld;
-};
-
-// What y becomes once its sums are whole: with the bias, times gelu'(slope_of), plus the residual; gelu(y) beside it.
-inline Floats finish(const Matmul& op, int64_t m, int64_t n, int64_t left, Floats value) {
-  const auto part = [&](const float* from) { return left >= kLanes ? load(from) : load_tail(from, left, 0.0f); };
-  const int64_t at = m * op.stride_ym + n;
-  if (op.bias) value += part(op.bias + n);
-  if (op.slope_of) value *= gelu_slope(part(op.slope_of + at));
-  if (op.residual) value += part(op.residual + at);
-  if (op.gelu) {
-    if (left >= kLanes) store(op.gelu + at, gelu(value));
-    else store_tail(op.gelu + at, gelu(value), left);
-  }
-  return value;
-}
-
-// A whole tile: added to the sums unless it is the first, and with the last made y, as `finish` does it.
-template <class T>
-inline void take_whole(const Matmul& op, const Tile& tile, float* sums, int64_t ld, T* y, int64_t m, int64_t n,
-                       bool first, bool last) {
-  Tile values;
+// A whole tile of y at (m, n): added to what is there unless it is the first, and with the last finished. What the op
+// asks for is asked once.
+inline void take_whole(const Product& op, Tile& tile, int64_t m, int64_t n, bool first, bool last) {
+  const int64_t at = m * op.N + n;
   const auto each = [&](auto&& f) {
 #pragma GCC unroll 16
     for (int i = 0; i < kTileRows; i++)
 #pragma GCC unroll 16
-      for (int v = 0; v < kTileVectors; v++) f(values[i][v], i, v);
+      for (int v = 0; v < kTileVectors; v++) f(tile[i][v], at + i * op.N + v * kLanes, v);
   };
-  each([&](Floats& value, int i, int v) { value = tile[i][v]; });
-  if (!first) each([&](Floats& value, int i, int v) { value += load(sums + i * ld + v * kLanes); });
-  if (!last) return each([&](Floats& value, int i, int v) { store(sums + i * ld + v * kLanes, value); });
-  const int64_t at = m * op.stride_ym + n;
-  if (op.bias) {
+  if (!first) each([&](Floats& value, int64_t place, int) { value += load(op.y + place); });
+  if (last && op.bias) {
     Floats bias[kTileVectors];
 #pragma GCC unroll 16
     for (int v = 0; v < kTileVectors; v++) bias[v] = load(op.bias + n + v * kLanes);
-    each([&](Floats& value, int, int v) { value += bias[v]; });
+    each([&](Floats& value, int64_t, int v) { value += bias[v]; });
   }
-  const auto beside = [&](const float* from, int i, int v) { return load(from + at + i * op.stride_ym + v * kLanes); };
-  if (op.slope_of) {
+  const auto one_by_one = [&](auto&& f) {  // where f is long
     for (int i = 0; i < kTileRows; i++)
-      for (int v = 0; v < kTileVectors; v++) values[i][v] *= gelu_slope(beside(op.slope_of, i, v));
-  }
-  if (op.residual) each([&](Floats& value, int i, int v) { value += beside(op.residual, i, v); });
-  if (op.gelu) {
-    for (int i = 0; i < kTileRows; i++)
-      for (int v = 0; v < kTileVectors; v++) store(op.gelu + at + i * op.stride_ym + v * kLanes, gelu(values[i][v]));
-  }
-  each([&](Floats& value, int i, int v) { store(y + i * op.stride_ym + v * kLanes, value); });
+      for (int v = 0; v < kTileVectors; v++) f(tile[i][v], at + i * op.N + v * kLanes);
+  };
+  if (last && op.slope_of)
+    one_by_one([&](Floats& value, int64_t place) { value *= gelu_slope(load(op.slope_of + place)); });
+  if (last && op.residual) each([&](Floats& value, int64_t place, int) { value += load(op.residual + place); });
+  if (last && op.gelu) one_by_one([&](Floats& value, int64_t place) { store(op.gelu + place, gelu(value)); });
+  each([&](Floats& value, int64_t place, int) { store(op.y + place, value); });
 }
 
-// Adds a tile to the sums, those that are there already unless it is the first, and after the last writes y.
-template <class T>
-inline void take(const Matmul& op, const Sums& sums, const Tile& tile, int64_t m0, int64_t n0, int64_t m, int64_t n,
-                 bool first, bool last) {
-  const int64_t rows = std::min(int64_t(kTileRows), op.M - m0 - m), columns = std::min(kTileColumns, op.N - n0 - n);
-  float* at = sums.at + m * sums.ld + n;
-  T* y = static_cast<T*>(op.y) + (m0 + m) * op.stride_ym + n0 + n;
-  if (rows == kTileRows && columns == kTileColumns) return take_whole(op, tile, at, sums.ld, y, m0 + m, n0 + n, first, last);
+// The same for a tile of which `rows` and `columns` are y's.
+inline void take_part(const Product& op, const Tile& tile, int64_t m, int64_t n, int64_t rows, int64_t columns, bool first,
+                      bool last) {
   for (int64_t i = 0; i < rows; i++)
-    for (int v = 0; v < kTileVectors; v++) {
-      const int64_t c = v * kLanes, left = columns - c;
-      if (left <= 0) break;
-      float* sum_at = at + i * sums.ld + c;
-      T* y_at = y + i * op.stride_ym + c;
-      Floats value = tile[i][v];
-      if (!first) value += left >= kLanes ? load(sum_at) : load_tail(sum_at, left, 0.0f);
-      if (last) value = finish(op, m0 + m + i, n0 + n + c, left, value);
-      if (left >= kLanes) {
-        if (last) store(y_at, value);
-        else store(sum_at, value);
-      } else {
-        if (last) store_tail(y_at, value, left);
-        else store_tail(sum_at, value, left);
-      }
+    for (int64_t c = 0; c < columns; c++) {
+      const int64_t at = (m + i) * op.N + n + c;
+      float value = tile[i][c / kLanes][c % kLanes] + (first ? 0.0f : op.y[at]);
+      if (last && op.bias) value += op.bias[n + c];
+      if (last && op.slope_of) value *= gelu_slope(broadcast(op.slope_of[at]))[0];
+      if (last && op.residual) value += op.residual[at];
+      if (last && op.gelu) op.gelu[at] = gelu(broadcast(value))[0];
+      op.y[at] = value;
     }
 }
 
@@ -226,23 +225,24 @@ inline float* kept(std::vector<float>& memory, int64_t floats) {
   return memory.data() + (-(reinterpret_cast<uintptr_t>(memory.data()) / 4) & 15);
 }
 
-// The block of y with `rows` rows from m0 and `columns` columns from n0 on, whose panels lie one after the other.
+// The block of y with `rows` rows from m0 and `columns` columns, a multiple of kTileColumns or to the end, from n0 on;
+// panels are those of the whole b. strips: a lies in columns (am is 1).
 template <bool strips>
-void block(const Matmul& op, const float* panels, int64_t m0, int64_t rows, int64_t n0, int64_t columns) {
+void block(const Product& op, const float* panels, int64_t m0, int64_t rows, int64_t n0, int64_t columns) {
   thread_local std::vector<float> memory;
-  const int64_t padded = up(rows, kTileRows), wide = up(columns, kTileColumns);
-  float* a = kept(memory, padded * kDepth + (op.dtype == DType::f32 ? 0 : padded * wide));
-  Sums sums{a + padded * kDepth, wide};
-  if (op.dtype == DType::f32) sums = {static_cast<float*>(op.y) + m0 * op.stride_ym + n0, op.stride_ym};
+  float* a = kept(memory, (up(rows, kTileRows) + kTileRows) * kDepth);
   for (int64_t k0 = 0; k0 < op.K || k0 == 0; k0 += kDepth) {
     const int64_t many = std::min(kDepth, op.K - k0);
-    with(op.a_dtype, [&](auto t) { copy_block<decltype(t), strips>(a, op, m0, rows, k0, many); });
-    for (int64_t n = 0; n < columns; n += kTileColumns)
+    const bool first = k0 == 0, last = k0 + kDepth >= op.K;
+    copy_block<strips>(a, op, m0, rows, k0, many);
+    for (int64_t n = n0; n < n0 + columns; n += kTileColumns)
       for (int64_t m = 0; m < rows; m += kTileRows) {
+        if (last) fetch_for_take(op, m0 + m, n);
         Tile tile;
         multiply<strips>(tile, a + m * kDepth, panels + n * op.K + k0 * kTileColumns, many);
-        const bool first = k0 == 0 && !op.add, last = k0 + kDepth >= op.K;
-        with(op.dtype, [&](auto t) { take<decltype(t)>(op, sums, tile, m0, n0, m, n, first, last); });
+        const int64_t height = std::min(int64_t(kTileRows), rows - m), width = std::min(kTileColumns, op.N - n);
+        if (height == kTileRows && width == kTileColumns) take_whole(op, tile, m0 + m, n, first, last);
+        else take_part(op, tile, m0 + m, n, height, width, first, last);
       }
   }
 }

@@ -227,6 +227,27 @@ inline Floats sums_of(const Floats (&x)[kLanes]) {
   return sums_of<kLanes>(x, std::make_integer_sequence<int, kLanes>{});
 }
 
+// Pairs of vectors `distance` apart swap the lanes that lie `distance` off their diagonal; all distances together transpose.
+template <int distance, int... l>
+inline void transpose_step(Floats (&x)[kLanes], std::integer_sequence<int, l...>) {
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; i++) {
+    if (i & distance) continue;
+    const Floats a = x[i], b = x[i + distance];
+    x[i] = shuffle<(l & distance ? kLanes + l - distance : l)...>(a, b);
+    x[i + distance] = shuffle<(l & distance ? kLanes + l : l + distance)...>(a, b);
+  }
+}
+
+// Lane l of vector i becomes lane i of vector l.
+inline void transpose(Floats (&x)[kLanes]) {
+  constexpr auto lanes = std::make_integer_sequence<int, kLanes>{};
+  transpose_step<1>(x, lanes);
+  transpose_step<2>(x, lanes);
+  if constexpr (kLanes > 4) transpose_step<4>(x, lanes);
+  if constexpr (kLanes > 8) transpose_step<8>(x, lanes);
+}
+
 inline float maximum(Floats x) {
   float m = x[0];
   for (int i = 1; i < kLanes; i++) m = x[i] > m ? x[i] : m;

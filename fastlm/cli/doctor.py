@@ -120,6 +120,9 @@ def _samples(device):
     x, w, y = torch.randn(3, 16, **usual), torch.randn(37, 16, **usual), torch.tensor([0, 36, -100], device=device)
     flat = [torch.rand(5, device=device) for _ in range(4)]
 
+    sizes = {"C": 16, "3C": 48, "F": 32}
+    blocks = [torch.randn(*(sizes[size] for size in shape.split()), **usual) for shape in ops.BLOCK_WEIGHTS.values()]
+
     def trained(function):
         def run():
             leaf = x.detach().requires_grad_()
@@ -133,6 +136,7 @@ def _samples(device):
         "bias_gelu": trained(lambda x: ops.bias_gelu(x, w[0])),
         "layer_norm": trained(lambda x: ops.layer_norm(x, w[0], w[1])),
         "linear_xent": trained(lambda x: ops.linear_xent(x, w, y)),
+        "gpt2_blocks": trained(lambda x: ops.gpt2_blocks(x[None], blocks, heads=2)),
         "adamw": lambda: ops.adamw_(*flat, step=1, learning_rate=1e-3),
         "grad_norm": lambda: ops.grad_norm(flat[0]),
         "decode_attention": lambda: ops.decode_attention(q, pages, pages, table, lengths),

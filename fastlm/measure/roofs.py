@@ -62,10 +62,13 @@ def roofs(device="cpu", *, fresh=False):
 
 
 def device_name(device):
-    """The name of a GPU, or of the processor with the number of threads that torch uses."""
+    """The name of a GPU, or of the processor with its vectors and the number of threads that torch uses.
+
+    A cloud's processors of several kinds may have one name: their vectors tell them apart.
+    """
     if torch.device(device).type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{processor()}, {torch.get_num_threads()} threads"
+    return f"{processor()} ({torch.backends.cpu.get_cpu_capability()}), {torch.get_num_threads()} threads"
 
 
 def processor():

@@ -35,7 +35,7 @@ def linear_xent(h, w, y, *, ignore=-100, reduction="mean"):
         if reduction == "none":
             return loss
         return loss.sum() if reduction == "sum" else loss.sum() / (y != ignore).sum()
-    return _LinearXentGrad.apply(h, w, y, ignore, reduction == "mean")[0]
+    return _LinearXentGrad.apply(h, w, y, ignore, reduction == "mean")
 
 
 class _LinearXent(torch.autograd.Function):
@@ -57,16 +57,13 @@ class _LinearXent(torch.autograd.Function):
 
 class _LinearXentGrad(torch.autograd.Function):
     @staticmethod
-    def forward(h, w, y, ignore, mean):
-        return _grad(h, w, y, ignore, mean)
+    def forward(ctx, h, w, y, ignore, mean):  # with a setup_context, torch would inspect signatures at every call
+        loss, dh, dw = _grad(h, w, y, ignore, mean)
+        ctx.save_for_backward(dh, dw)
+        return loss
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.mark_non_differentiable(*output[1:])
-        ctx.save_for_backward(*output[1:])
-
-    @staticmethod
-    def backward(ctx, dloss, *_):
+    def backward(ctx, dloss):
         refuse_double_backward("linear_xent")
         dh, dw = ctx.saved_tensors
         if not torch.compiler.is_compiling() and dloss.device.type == "cpu" and float(dloss) == 1.0:

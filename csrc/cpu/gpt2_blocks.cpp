@@ -1,0 +1,278 @@
+// Whole blocks of GPT-2 on the CPU, forward and backward, in one call each.
+//
+// The weights are packed (matmul.h), then threads take blocks of kRows rows and carry them through everything that treats
+// rows alone, in their own caches: up to qkv, and from o to y. Between is the attention (attention.cpp). Backward, dy
+// being the gradient of y:
+//
+//   du = (dy W_down^T) gelu'(u);  dh2 = du W_up^T;  ds = dy + norm'(dh2);  do = ds W_proj^T        blocks of rows
+//   dqkv = attention'(do)
+//   dh1 = dqkv W_qkv^T;  dx = ds + norm'(dh1)                                                      blocks of rows
+//
+// and then a matrix's gradient is its input transposed times its output's gradient, whose sums over rows are the bias's.
+#include <omp.h>
+
+#include <cmath>
+
+#include "isa.h"
+#include "matmul.h"
+
+namespace fastlm::cpu::FASTLM_ISA {
+namespace {
+
+constexpr int64_t kRows = kGpt2BlockRows;
+
+// A matrix (from, to) with its bias.
+struct Linear {
+  const float *w, *bias;
+  int64_t from, to;
+};
+
+struct Norm {
+  const float *w, *b;
+};
+
+// The weights of a block, in their order.
+struct Parts {
+  Norm ln_1, ln_2;
+  Linear qkv, proj, up, down;
+
+  Parts(const int64_t* addresses, int64_t C, int64_t F) {
+    const auto next = [&] { return reinterpret_cast<const float*>(*addresses++); };
+    const auto norm = [&] { return Norm{next(), next()}; };
+    const auto linear = [&](int64_t from, int64_t to) { return Linear{next(), next(), from, to}; };
+    ln_1 = norm(), qkv = linear(C, 3 * C), proj = linear(C, C), ln_2 = norm(), up = linear(C, F), down = linear(F, C);
+  }
+};
+
+// y (N, to) = x (N, from) W + b
+Product forward(float* y, const float* x, const Linear& linear, int64_t N) {
+  return {y, x, linear.from, 1, linear.w, linear.to, 1, N, linear.to, linear.from, linear.bias};
+}
+
+// dx (N, from) = dy (N, to) W^T
+Product backward(float* dx, const float* dy, const Linear& linear, int64_t N) {
+  return {dx, dy, linear.to, 1, linear.w, 1, linear.to, N, linear.from, linear.to};
+}
+
+// dW (from, to) = x (N, from)^T dy (N, to)
+Product gradient(float* dw, const float* x, const float* dy, const Linear& linear, int64_t N) {
+  return {dw, x, 1, linear.from, dy, linear.to, 1, linear.from, linear.to, N};
+}
+
+// Products and the panels of what they multiply with, in memory that is kept between calls.
+class Packed {
+ public:
+  Packed(std::initializer_list<Product> products) : products_(products) {
+    thread_local std::vector<float> memory;
+    int64_t floats = 0;
+    for (const Product& op : products_) starts_.push_back(floats), floats += up(up(op.N, kTileColumns) * op.K, kLine);
+    memory_ = kept(memory, floats);
+  }
+
+  // All threads of a team pack together, and wait until that is done. sums (N,): where the sums over K go, or nothing.
+  void pack(std::initializer_list<float*> sums = {}) const {
+    for (size_t i = 0; i < products_.size(); i++) {
+      const Product& op = products_[i];
+      float* to = sums.size() ? sums.begin()[i] : nullptr;
+#pragma omp for schedule(dynamic, 1) nowait
+      for (int64_t n0 = 0; n0 < op.N; n0 += kAtOnce * kTileColumns) {
+        pack_panels(panels(i) + n0 * op.K, op, n0);
+        for (int64_t n = n0; to && n < std::min(op.N, n0 + kAtOnce * kTileColumns); n += kTileColumns)
+          sum_panel(to + n, panels(i) + n * op.K, op.K, std::min(kTileColumns, op.N - n));
+      }
+    }
+#pragma omp barrier
+  }
+
+  // Rows m0 … of product i.
+  void rows(int i, int64_t m0, int64_t rows) const {
+    block<false>(products_[i], panels(i), m0, rows, 0, products_[i].N);
+  }
+
+  // All products whose a lies in columns, by all threads of a team.
+  void transposed() const {
+    for (size_t i = 0; i < products_.size(); i++) {
+      const Product& op = products_[i];
+      const int64_t row_blocks = ceil(op.M, kRows), column_blocks = ceil(op.N, kColumns);
+#pragma omp for schedule(dynamic, 1) nowait
+      for (int64_t at = 0; at < row_blocks * column_blocks; at++) {
+        const int64_t m0 = at % row_blocks * kRows, n0 = at / row_blocks * kColumns;
+        block<true>(op, panels(i), m0, std::min(kRows, op.M - m0), n0, std::min(kColumns, op.N - n0));
+      }
+    }
+  }
+
+ private:
+  static constexpr int64_t kColumns = 16 * kTileColumns;  // of a block of a matrix's gradient
+  float* panels(size_t i) const { return memory_ + starts_[i]; }
+
+  std::vector<Product> products_;
+  std::vector<int64_t> starts_;
+  float* memory_;
+};
+
+// Rows m0 … normalised; statistics (2, N).
+void norm_forward(float* y, float* statistics, const float* x, const Norm& norm, int64_t N, int64_t C, float epsilon,
+                  int64_t m0, int64_t rows) {
+  LayerNormFwd op{};
+  op.y = y + m0 * C, op.mean = statistics + m0, op.rstd = statistics + N + m0, op.x = x + m0 * C, op.stride_xn = C;
+  op.weight = norm.w, op.bias = norm.b, op.N = rows, op.C = C, op.epsilon = epsilon;
+  layer_norm_fwd(op, 1);
+}
+
+// Rows m0 …: dx = ds + the gradient of the norm of x by x; what they add to those of its weight and bias to sums (2, C).
+void norm_backward(float* dx, float* sums, float* scratch, const float* dy, const float* ds, const float* x,
+                   const Norm& norm, const float* statistics, int64_t N, int64_t C, int64_t m0, int64_t rows) {
+  LayerNormBwd op{};
+  op.dx = dx + m0 * C, op.dweight_dbias = sums, op.scratch = scratch;
+  op.dy = dy + m0 * C, op.stride_dyn = C, op.ds = ds + m0 * C, op.stride_dsn = C, op.s = x + m0 * C, op.stride_sn = C;
+  op.weight = norm.w, op.mean = statistics + m0, op.rstd = statistics + N + m0, op.N = rows, op.C = C;
+  layer_norm_bwd(op, 1);
+}
+
+// to (width,) = the sum of sums (blocks, width), in order.
+void add_up(float* to, const float* sums, int64_t blocks, int64_t width) {
+  std::fill_n(to, width, 0.0f);
+  for (int64_t i = 0; i < blocks; i++)
+    for (int64_t c = 0; c < width; c++) to[c] += sums[i * width + c];
+}
+
+// body(m0, rows) for every block of kRows rows of N, shared out among the threads of a team.
+template <class Body>
+void for_rows(int64_t N, Body&& body) {
+#pragma omp for schedule(dynamic, 1)
+  for (int64_t i = 0; i < ceil(N, kRows); i++) body(i * kRows, std::min(kRows, N - i * kRows));
+}
+
+// What forward and backward of the attention have in common.
+template <class Attention, class Op>
+Attention attention_of(const Op& op) {
+  const int64_t C = op.H * op.D, rows = 3 * C;
+  Attention attention{};
+  attention.q = op.qkv, attention.k = op.qkv + C, attention.v = op.qkv + 2 * C, attention.o = op.o;
+  attention.stride_qt = attention.stride_ks = attention.stride_vs = rows;
+  attention.stride_qb = attention.stride_kb = attention.stride_vb = op.T * rows;
+  attention.stride_ot = C, attention.stride_ob = op.T * C;
+  attention.stride_qh = attention.stride_kh = attention.stride_vh = attention.stride_oh = op.D;
+  attention.lse = op.lse;
+  attention.B = op.B, attention.T = attention.S = op.T, attention.H = op.H, attention.D = op.D;
+  attention.causal = kBottomRight, attention.scale = 1.0f / std::sqrt(float(op.D));
+  return attention;
+}
+
+// One block, L being 1.
+void forward_of(const Gpt2BlocksFwd& op, int threads) {
+  const int64_t N = op.B * op.T, C = op.H * op.D;
+  const Parts parts(op.weights, C, op.F);
+  Product proj = forward(op.s, op.o, parts.proj, N), up = forward(op.u, op.h2, parts.up, N);
+  Product down = forward(op.y, op.g, parts.down, N);
+  proj.residual = op.x, up.gelu = op.g, down.residual = op.s;
+  const Packed products{forward(op.qkv, op.h1, parts.qkv, N), proj, up, down};
+
+#pragma omp parallel num_threads(threads)
+  {
+    products.pack();
+    for_rows(N, [&](int64_t m0, int64_t rows) {
+      norm_forward(op.h1, op.statistics, op.x, parts.ln_1, N, C, op.epsilon, m0, rows);
+      products.rows(0, m0, rows);
+    });
+  }
+  attention_fwd(attention_of<AttentionFwd>(op), threads);
+#pragma omp parallel num_threads(threads)
+  for_rows(N, [&](int64_t m0, int64_t rows) {
+    products.rows(1, m0, rows);
+    norm_forward(op.h2, op.statistics + 2 * N, op.s, parts.ln_2, N, C, op.epsilon, m0, rows);
+    products.rows(2, m0, rows);
+    products.rows(3, m0, rows);
+  });
+}
+
+void backward_of(const Gpt2BlocksBwd& op, int threads) {
+  const int64_t N = op.B * op.T, C = op.H * op.D, F = op.F, blocks = ceil(N, kRows);
+  const Parts parts(op.weights, C, F);
+  float *du = op.scratch, *dh = du + N * F, *ds = dh + N * C, *dqkv = ds + N * C, *d_o = dqkv + 3 * N * C;
+  float *delta = d_o + N * C, *sums_1 = delta + op.B * op.H * op.T, *sums_2 = sums_1 + blocks * 2 * C;
+  float* norm_scratch = sums_2 + blocks * 2 * C;  // (blocks, 2, 2, C)
+  static_assert(kRows <= 2 * kColumnRows);
+  float *d_ln_1 = op.gradients, *d_qkv = d_ln_1 + 2 * C, *d_proj = d_qkv + (C + 1) * 3 * C;
+  float *d_ln_2 = d_proj + (C + 1) * C, *d_up = d_ln_2 + 2 * C, *d_down = d_up + (C + 1) * F;
+
+  {
+    Product down = backward(du, op.dy, parts.down, N);
+    down.slope_of = op.u;
+    const Packed products{down, backward(dh, du, parts.up, N), backward(d_o, ds, parts.proj, N),
+                          backward(dh, dqkv, parts.qkv, N)};
+#pragma omp parallel num_threads(threads)
+    {
+      products.pack();
+      for_rows(N, [&](int64_t m0, int64_t rows) {
+        const int64_t i = m0 / kRows;
+        products.rows(0, m0, rows);
+        products.rows(1, m0, rows);
+        norm_backward(ds, sums_2 + i * 2 * C, norm_scratch + i * 4 * C, dh, op.dy, op.s, parts.ln_2,
+                      op.statistics + 2 * N, N, C, m0, rows);
+        products.rows(2, m0, rows);
+      });
+    }
+    AttentionBwd attention = attention_of<AttentionBwd>(op);
+    attention.do_ = d_o, attention.stride_dob = op.T * C, attention.stride_dot = C, attention.stride_doh = op.D;
+    attention.dq = dqkv, attention.dk = dqkv + C, attention.dv = dqkv + 2 * C, attention.delta = delta;
+    attention.stride_dqt = attention.stride_dks = attention.stride_dvs = 3 * C;
+    attention.stride_dqb = attention.stride_dkb = attention.stride_dvb = op.T * 3 * C;
+    attention.stride_dqh = attention.stride_dkh = attention.stride_dvh = op.D;
+    attention_bwd(attention, threads);
+#pragma omp parallel num_threads(threads)
+    for_rows(N, [&](int64_t m0, int64_t rows) {
+      const int64_t i = m0 / kRows;
+      products.rows(3, m0, rows);
+      norm_backward(op.dx, sums_1 + i * 2 * C, norm_scratch + i * 4 * C, dh, ds, op.x, parts.ln_1, op.statistics, N, C,
+                    m0, rows);
+    });
+  }
+  add_up(d_ln_1, sums_1, blocks, 2 * C);
+  add_up(d_ln_2, sums_2, blocks, 2 * C);
+  const Packed products{gradient(d_down, op.g, op.dy, parts.down, N), gradient(d_up, op.h2, du, parts.up, N),
+                        gradient(d_qkv, op.h1, dqkv, parts.qkv, N), gradient(d_proj, op.o, ds, parts.proj, N)};
+#pragma omp parallel num_threads(threads)
+  {
+    products.pack({d_down + F * C, d_up + C * F, d_qkv + 3 * C * C, d_proj + C * C});
+    products.transposed();
+  }
+}
+
+// The tensors of block l alone; those that are a block's in and out are the caller's to set.
+template <class Op>
+Op block_of(const Op& op, int64_t l) {
+  const int64_t N = op.B * op.T, C = op.H * op.D;
+  Op one = op;
+  one.h1 += l * N * C, one.qkv += l * N * 3 * C, one.o += l * N * C, one.lse += l * op.B * op.H * op.T;
+  one.s += l * N * C, one.h2 += l * N * C, one.u += l * N * op.F, one.g += l * N * op.F, one.statistics += l * 4 * N;
+  one.weights += l * 12;
+  if (l) one.x = op.between + (l - 1) * N * C;
+  return one;
+}
+
+}  // namespace
+
+void gpt2_blocks_fwd(const Gpt2BlocksFwd& op, int threads) {
+  for (int64_t l = 0; l < op.L; l++) {
+    Gpt2BlocksFwd one = block_of(op, l);
+    if (l + 1 < op.L) one.y = op.between + l * op.B * op.T * op.H * op.D;
+    forward_of(one, threads);
+  }
+}
+
+void gpt2_blocks_bwd(const Gpt2BlocksBwd& op, int threads) {
+  const int64_t C = op.H * op.D, rows = op.B * op.T * C, F = op.F;
+  const int64_t weights = 4 * C + (C + 1) * 4 * C + (C + 1) * F + (F + 1) * C;  // of a block
+  float* between[2] = {op.scratch, op.scratch + rows};
+  for (int64_t l = op.L - 1; l >= 0; l--) {
+    Gpt2BlocksBwd one = block_of(op, l);
+    if (l + 1 < op.L) one.dy = between[(l + 1) % 2];
+    if (l) one.dx = between[l % 2];
+    one.gradients += l * weights, one.scratch += 2 * rows;
+    backward_of(one, threads);
+  }
+}
+
+}  // namespace fastlm::cpu::FASTLM_ISA
