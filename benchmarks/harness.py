@@ -33,7 +33,7 @@ from fastlm.measure.roofs import device_name
 from fastlm.numerics import DTYPES, compare
 
 OPS = ("softmax_xent", "attention", "decode_attention", "cache_append", "bias_gelu", "layer_norm", "linear_xent",
-       "adamw", "grad_norm")
+       "gpt2_blocks", "adamw", "grad_norm")
 PROGRAMS = ("generate", "train", "products")
 
 
@@ -108,6 +108,7 @@ def model_suite(config, B, T, *, device="cpu", dtypes=None):
     shapes = {
         "bias_gelu": [{"N": rows, "C": config.n_inner or 4 * C}], "layer_norm": [{"N": rows, "C": C}],
         "linear_xent": [{"N": min(rows, 512), "C": C, "V": config.vocab_size}],
+        "gpt2_blocks": [{"L": 1, "B": B, "T": T, "H": H, "D": D}],
         "adamw": [{"N": 12 * C * C}], "grad_norm": [{"N": 12 * C * C}],
         "softmax_xent": [{"N": min(B * T, 8192), "V": config.vocab_size}],
         "attention": [attention], "cache_append": [attention],
@@ -348,6 +349,7 @@ def _resident(what):
 def free_memory(device):
     """Bytes that may still be allocated on a device."""
     if torch.device(device).type == "cuda":
+        torch.cuda.empty_cache()  # what torch keeps for later is free too
         return torch.cuda.mem_get_info(device)[0]
     try:
         with open("/proc/meminfo", encoding="ascii") as file:

@@ -9,6 +9,7 @@ from importlib import import_module
 __version__ = "0.1.0"
 
 _HOMES = {
+    "BLOCK_WEIGHTS": "fastlm.ops",
     "adamw_": "fastlm.ops",
     "attention": "fastlm.ops",
     "attention_qkv": "fastlm.ops",

@@ -80,7 +80,7 @@ class Launchers:
 
     def gpt2_blocks_fwd(self, x, weights, heads, epsilon):
         (B, T, C), L, F = x.shape, len(weights) // 12, weights[8].shape[1]
-        N, y, addresses = B * T, torch.empty_like(x), torch.tensor([weight.data_ptr() for weight in weights])
+        N, y, addresses = B * T, x.new_empty(x.shape), torch.tensor([weight.data_ptr() for weight in weights])
         kept = [x.new_empty(shape) for shape in (
             (L - 1, N, C), (L, N, C), (L, N, 3 * C), (L, N, C), (L, B, heads, T), (L, N, C), (L, N, C), (L, N, F),
             (L, N, F), (L, 4, N))]
@@ -92,7 +92,7 @@ class Launchers:
 
     def gpt2_blocks_bwd(self, dy, x, saved, weights, heads):
         (B, T, C), L, F = x.shape, len(weights) // 12, weights[8].shape[1]
-        dx, gradients = torch.empty_like(x), x.new_empty(sum(weight.numel() for weight in weights))
+        dx, gradients = x.new_empty(x.shape), x.new_empty(sum(weight.numel() for weight in weights))
         scratch = x.new_empty(B * T * (8 * C + F) + B * heads * T + -(-B * T // _BLOCK_ROWS) * 8 * C)
         addresses = torch.tensor([weight.data_ptr() for weight in weights])
         self._plain(

@@ -55,8 +55,12 @@ def compare(got, composed, truth, *, backward=False):
     return Comparison(float(error.max()), float(allowed), float(error.mean()), mean_allowed)
 
 
-def norm_ratio(got, composed, truth):
-    """Error over allowed by tensor norm, where rounding adds up over layers: 4 × the composition's + 8 units."""
+def norm_ratio(got, composed, truth, *, least=0.0):
+    """Error over allowed by tensor norm, where rounding adds up over layers: 4 × the composition's + 8 units.
+
+    least: the relative error that the composition may have had by luck alone, where the quantity is a single number.
+    """
     error, theirs = (float((value.double() - truth).norm()) for value in (got, composed))
+    theirs = max(theirs, least * float(truth.norm()))
     allowed = 4 * theirs + 8 * torch.finfo(got.dtype).eps * float(truth.norm())
     return error / allowed if error == error else math.inf

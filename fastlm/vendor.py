@@ -81,14 +81,24 @@ def _bottom_right_mask(q, k):
     return torch.zeros(T, S, dtype=q.dtype, device=q.device).masked_fill_(hidden, float("-inf"))
 
 
-def _kernel(q):
-    """The fused attention of torch that serves q (B, T, H, D): "cpu", "cudnn", "flash" or "efficient"."""
+def _kernel(q, k):
+    """The fused attention of torch that serves q (B, T, H, D) and k: "cpu", "cudnn", "flash" or "efficient"."""
     if q.device.type != "cuda":
         return "cpu"
     if q.dtype == torch.float32:
         return "efficient"
     modern = torch.cuda.get_device_capability(q.device) >= (9, 0)
-    return "cudnn" if modern and q.shape[-1] <= 128 and torch.backends.cudnn.enabled else "flash"
+    several = q.shape[1] > 1 and k.shape[1] > 1  # cuDNN refuses sequences of one
+    return "cudnn" if modern and several and q.shape[-1] <= 128 and torch.backends.cudnn.enabled else "flash"
+
+
+def _aligned(*tensors):
+    """The tensors, or copies where a GPU's kernels could not read 16 bytes at a time."""
+    def fits(tensor):
+        rows = (stride * tensor.element_size() for stride in tensor.stride()[:-1])
+        return tensor.data_ptr() % 16 == 0 and all(row % 16 == 0 for row in rows)
+
+    return [t if t.device.type == "cpu" or fits(t) else t.clone(memory_format=torch.contiguous_format) for t in tensors]
 
 
 def _serves(q, k, causal):
@@ -112,9 +122,10 @@ def _split(q, k, causal):
 def attention_fwd(q, k, v, causal, scale, dropout, seed):
     if not _serves(q, k, causal):
         return reference.attention_fwd(q, k, v, causal, scale, dropout, seed)
+    q, k, v = _aligned(q, k, v)
     blind, is_causal, mask = _split(q, k, causal)
     qh, kh, vh = q[:, blind:].transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T or S, D)
-    kernel = _kernel(q)
+    kernel = _kernel(q, k)
     if kernel == "cpu":
         o, lse = aten._scaled_dot_product_flash_attention_for_cpu(
             qh, kh, vh, 0.0, is_causal, attn_mask=mask, scale=scale
@@ -134,11 +145,12 @@ def attention_fwd(q, k, v, causal, scale, dropout, seed):
 def attention_bwd(do, q, k, v, o, lse, causal, scale, dropout, seed):
     if not _serves(q, k, causal):
         return reference.attention_bwd(do, q, k, v, o, lse, causal, scale, dropout, seed)
+    do, q, k, v, o = _aligned(do, q, k, v, o)
     blind, is_causal, mask = _split(q, k, causal)
     doh, qh, oh = (tensor[:, blind:].transpose(1, 2) for tensor in (do, q, o))
     kh, vh, lse = k.transpose(1, 2), v.transpose(1, 2), lse[..., blind:].contiguous()
     T, S = qh.shape[2], kh.shape[2]
-    kernel = _kernel(q)
+    kernel = _kernel(q, k)
     if kernel == "cpu":
         grads = aten._scaled_dot_product_flash_attention_for_cpu_backward(
             doh, qh, kh, vh, oh, lse, 0.0, is_causal, attn_mask=mask, scale=scale

@@ -20,7 +20,8 @@ from fastlm.measure.roofs import Roofs
 ROOFS = Roofs(copy=20e9, read=25e9, products={"fp32": 100e9, "bf16": 200e9, "fp16": 1e9}, launch=1e-6, taken=0.0)
 SMALL = {"softmax_xent": "N=8,V=100", "attention": "B=1,T=16,H=2,D=16", "decode_attention": "B=2,S=70,H=2,D=16",
          "cache_append": "B=2,T=70,H=2,D=16", "bias_gelu": "N=70,C=40", "layer_norm": "N=70,C=40",
-         "linear_xent": "N=20,C=16,V=97", "adamw": "N=1000", "grad_norm": "N=1000"}
+         "linear_xent": "N=20,C=16,V=97", "gpt2_blocks": "L=2,B=2,T=10,H=2,D=8", "adamw": "N=1000",
+         "grad_norm": "N=1000"}
 
 
 @pytest.fixture(autouse=True)
@@ -49,7 +50,7 @@ def test_every_op_is_measured_beside_its_peers(op, tmp_path):
     assert done.exit_code == 0, done.output + str(done.exception)
     rows = harness.read(tmp_path / "r.json")["rows"]
     timed = [row for row in rows if "refused" not in row]
-    assert {row["dtype"] for row in timed} == ({"fp32"} if op in ("adamw", "grad_norm") else {"fp32", "bf16"})
+    assert {row["dtype"] for row in timed} == ({"fp32"} if op in ("gpt2_blocks", "adamw", "grad_norm") else {"fp32", "bf16"})
     for case in {compare.case_of(row) for row in timed}:
         same = [row for row in timed if compare.case_of(row) == case]
         assert sum(row["chosen"] for row in same) == 1
@@ -158,9 +159,10 @@ def test_converted_peers_hold_the_same_model(dtype, name, tmp_path):
     if name not in known:
         pytest.skip(f"{name}: {missing[name]}")
     ours, theirs = programs.pair({"L": 2, "H": 2, "C": 64, "V": 97}, 20, "cpu")
+    std = 0.05 if dtype == "int8" else 0.2  # CTranslate2's int8 products saturate where the CPU has no VNNI
     with torch.no_grad():
         for parameter in ours.parameters():
-            parameter.normal_(std=0.2) if parameter.dim() == 2 else None
+            parameter.normal_(std=std) if parameter.dim() == 2 else None
     theirs.load_state_dict(ours.state_dict())
     before = {key: value.clone() for key, value in theirs.state_dict().items()}
     prompts = torch.randint(97, (2, 8), generator=torch.Generator().manual_seed(3))

@@ -261,7 +261,8 @@ def test_quantised_models(model, kind, T, monkeypatch):
         product, head = Conv1D.forward, torch.nn.Linear.forward
         monkeypatch.setattr(Conv1D, "forward", lambda self, x, **bias: product(self, rounded(x), **bias))
         monkeypatch.setattr(torch.nn.Linear, "forward", lambda self, x: head(self, rounded(x)))
-        wanted = model(tokens)[0]
+        with dispatch.use(layer_norm="cpu"):  # the parts, not whole blocks
+            wanted = model(tokens)[0]
     # A number that lies between two int8 falls to this side or that: 1/254 of the largest, in few.
     assert float((got - wanted).norm() / wanted.norm()) < 4e-3
     assert float((got - plain).norm() / plain.norm()) < 0.1

@@ -156,7 +156,8 @@ def test_warmup_chooses_every_kernel_and_changes_nothing(training):
         "softmax_xent_fwd", "softmax_xent_bwd", "attention_qkv_bwd", "bias_gelu_bwd", "layer_norm_bwd",
         "linear_xent_grad",
     } if training else {"cache_append_", "decode_attention"})
-    assert chosen == used
+    whole = {"gpt2_blocks_fwd", "gpt2_blocks_bwd"}  # on a CPU, where there is no dropout
+    assert chosen - whole == used and bool(chosen & whole) == (not training and model._in_whole_blocks(torch.ones(1)))
     assert all(torch.equal(*pair) for pair in zip(before, model.parameters()))
     assert all(p.grad is None for p in model.parameters()) and torch.equal(state, torch.get_rng_state())
     with pytest.raises(ValueError, match=r"warmup: shape is \(2, 17\), wanted .* n_positions 16"):

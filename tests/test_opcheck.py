@@ -9,6 +9,7 @@ from conftest import DEVICE
 
 import fastlm
 from fastlm import dispatch
+from fastlm.ops import BLOCK_WEIGHTS
 
 torch.manual_seed(0)
 
@@ -48,6 +49,14 @@ def samples():
         yield "linear_xent_bwd", (torch.ones_like(loss), h, w, labels, lse, -100)
         for mean in (True, False) if len(h) else (False,):  # the mean over no rows is NaN
             yield "linear_xent_grad", (h, w, labels, -100, mean)
+    sizes = {"C": 6, "3C": 18, "F": 10}
+    weights = [torch.randn(*(sizes[size] for size in shape.split()), device=DEVICE)
+               for _ in range(2) for shape in BLOCK_WEIGHTS.values()]
+    for B, T in ((2, 3), (0, 3)):
+        x = torch.randn(B, T, 6, device=DEVICE)
+        y_, *saved = torch.ops.fastlm.gpt2_blocks_fwd(x, weights, 2, 1e-5)
+        yield "gpt2_blocks_fwd", (x, weights, 2, 1e-5)
+        yield "gpt2_blocks_bwd", (y_, x, saved, weights, 2)
     flat = [torch.rand(9, device=DEVICE) for _ in range(4)]
     for scale in (None, torch.tensor(0.5, device=DEVICE)):
         yield "adamw_", (*flat, scale, 2, 1e-3, 0.9, 0.95, 1e-8, 0.1)
@@ -110,6 +119,15 @@ def test_gradcheck_of_the_training_ops(backend):
         for reduction in ("mean", "sum", "none"):
             loss = functools.partial(fastlm.linear_xent, y=y, reduction=reduction)
             assert torch.autograd.gradcheck(loss, (x, head))
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+def test_gradcheck_gpt2_blocks(backend):
+    sizes = {"C": 4, "3C": 12, "F": 3}
+    x, *weights = (torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in (
+        (1, 3, 4), *([sizes[size] for size in shape.split()] for shape in list(BLOCK_WEIGHTS.values()) * 2)))
+    with fastlm.use(backend):
+        assert torch.autograd.gradcheck(lambda x, *w: fastlm.gpt2_blocks(x, w, heads=2), (x, *weights), fast_mode=True)
 
 
 @pytest.mark.parametrize("backend", ["reference", "torch"])

@@ -51,12 +51,26 @@ CPU = {
     "weights do not decay": ("adamw", "p = p * keep -", "p = p -"),
     "Adam's first bias correction": ("adamw", "op.learning_rate / op.bias_correction1", "op.learning_rate"),
     "norm of the first piece": ("grad_norm", "piece < pieces; piece++) total", "piece < 1; piece++) total"),
+    "blocks' attention sees too far": ("gpt2_blocks", "attention.causal = kBottomRight", "attention.causal = kFull"),
+    "blocks' residual lost": ("gpt2_blocks", "down.residual = op.s;", "down.residual = op.x;"),
+    "blocks' slope forgotten": ("gpt2_blocks", "down.slope_of = op.u;", ""),
+    "another block's input": ("gpt2_blocks", "if (l) one.x = op.between + (l - 1) * N * C;", ""),
+    "another norm's statistics": ("gpt2_blocks", "parts.ln_2,\n                      op.statistics + 2 * N,",
+                                  "parts.ln_2,\n                      op.statistics,"),
+    "a norm's last rows lost": ("gpt2_blocks", "i < blocks; i++)\n    for (int64_t c = 0", "i + 1 < blocks; i++)\n"
+                                "    for (int64_t c = 0"),
+    "a bias's sums of another": ("gpt2_blocks", "d_qkv + 3 * C * C, d_proj + C * C}", "d_proj + C * C, d_qkv + 3 * C * C}"),
+    "the first of k alone": ("matmul", "if (!first) each([&](Floats& value, int64_t place, int) "
+                             "{ value += load(op.y + place); });", ""),
+    "a tile's edge without bias": ("matmul", "if (last && op.bias) value += op.bias[n + c];", ""),
+    "a panel's end lost": ("matmul", "for (; i < count; i++) to[i] = from[i];", ""),
+    "columns of a that are no whole strip": ("matmul", "if (m < rows) std::memcpy(", "if (m + 1 < rows) std::memcpy("),
     "engine's epsilon": ("acts", "variance / float(C) + epsilon", "variance / float(C) + 1e-2f"),
     "engine without gelu": ("gpt2_step", "then == Then::gelu ? gelu(y) : y", "y"),
     "engine's residual lost": ("gpt2_step", "then == Then::add ? load(to) + y", "then == Then::add ? y"),
     "engine sees too far": ("gpt2_step", "length = rows_[m].position + 1", "length = rows_[m].position + 2"),
     "engine's positions": ("gpt2_step", "rows_[m].position * C_", "(rows_[m].position + 1) * C_"),
-    "int8 without its offset": ("gpt2_step", "sums[m][v] - (sum_w << 7)", "sums[m][v]"),
+    "int8 without its offset": ("gpt2_step", "exact -= sum_w << 7;", ""),
     "waiting rows' logits": ("gpt2_step", "op_.logits + places_[e] * Vp_", "op_.logits + e * Vp_"),
     "prompts see too far": ("gpt2_step", "op.causal = kBottomRight", "op.causal = kFull"),
     "another row's number": ("gpt2_step", "op_.uniform[b * op_.stride_u + *op_.step]",
@@ -76,7 +90,7 @@ CPU = {
 HOMES = {"gpt2_step": "engine", "draw": "engine"}  # the tests of what is no op
 HEADERS = {  # and the source that is compiled with it
     "running": "decode_attention", "panel": "gpt2_step", "gelu": "bias_gelu", "columns": "bias_gelu",
-    "acts": "gpt2_step", "draw": "draw", "simd": "decode_attention",
+    "acts": "gpt2_step", "draw": "draw", "simd": "decode_attention", "matmul": "gpt2_blocks",
 }
 
 # name: (file, text, what it becomes, the tests that run)

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.slow
 HERE = Path(__file__).parent
 FLAGS = "-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer"
 TESTS = ("attention", "decode_attention", "cache_append", "softmax_xent", "bias_gelu", "layer_norm",
-         "linear_xent", "adamw", "grad_norm", "engine")
+         "linear_xent", "gpt2_blocks", "adamw", "grad_norm", "engine")
 OVERREAD = """
 import sanitized, sys, torch, fastlm.native
 x, y, out = torch.randn(3, 64), torch.zeros(3, dtype=torch.int64), torch.empty(2, 3)

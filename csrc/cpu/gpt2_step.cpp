@@ -64,9 +64,12 @@ void tile(const Packed& packed, const Acts& acts, int64_t m0, int64_t p0, const 
       const int64_t n = p0 * kPanel + v * kLanes;
       Floats y;
       if constexpr (std::is_same_v<W, Int8Weights>) {
-        Ints sum_w;
-        std::memcpy(&sum_w, packed.sums + n, sizeof sum_w);
-        const Ints exact = sums[m][v] - (sum_w << 7);  // the bytes are x + 128
+        Ints exact = sums[m][v];
+        if constexpr (std::is_unsigned_v<typename W::Act>) {  // the bytes are x + 128
+          Ints sum_w;
+          std::memcpy(&sum_w, packed.sums + n, sizeof sum_w);
+          exact -= sum_w << 7;
+        }
         y = __builtin_convertvector(exact, Floats) * (load(packed.scale + n) * acts.scale[m0 + m]);
       } else {
         y = std::is_same_v<W, Int4Weights> ? sums[m][v] * acts.scale[m0 + m] : sums[m][v];

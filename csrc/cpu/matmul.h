@@ -50,15 +50,14 @@ inline int64_t up(int64_t n, int64_t multiple) { return ceil(n, multiple) * mult
 
 // ---- packing
 
-// to[0 … count) = from, then zeros up to `padded`.
-inline void copy(float* to, const float* from, int64_t count, int64_t padded) {
+inline void copy(float* to, const float* from, int64_t count) {
   int64_t i = 0;
   for (; i + kLanes <= count; i += kLanes) store(to + i, load(from + i));
   for (; i < count; i++) to[i] = from[i];
-  for (; i < padded; i++) to[i] = 0.0f;
 }
 
-// Columns n0 … of b, at most kAtOnce panels, as panels (K, kTileColumns), one behind the other.
+// Columns n0 … of b, at most kAtOnce panels, as panels (K, kTileColumns), one behind the other. Behind b's last column, and
+// behind a's last row below, lies what lay there: nothing that is made of it is stored.
 inline void pack_panels(float* panels, const Product& op, int64_t n0) {
   const float* b = op.b + n0 * op.bn;
   const int64_t columns = std::min(kAtOnce * kTileColumns, op.N - n0), panel = op.K * kTileColumns;
@@ -67,8 +66,7 @@ inline void pack_panels(float* panels, const Product& op, int64_t n0) {
       for (int64_t n = 0; n < columns; n += kTileColumns) {
         const float* from = b + k * op.bk + n;
         __builtin_prefetch(from + kRowsAhead * op.bk);
-        copy(panels + n / kTileColumns * panel + k * kTileColumns, from, std::min(kTileColumns, columns - n),
-             kTileColumns);
+        copy(panels + n / kTileColumns * panel + k * kTileColumns, from, std::min(kTileColumns, columns - n));
       }
     return;
   }
@@ -85,7 +83,7 @@ inline void pack_panels(float* panels, const Product& op, int64_t n0) {
         for (int i = 0; i < kLanes; i++) store(panels + (k + i) * kTileColumns + n, square[i]);
       }
     for (; k < op.K; k++)
-      for (int64_t n = 0; n < kTileColumns; n++) panels[k * kTileColumns + n] = n < width ? b[n * op.bn + k] : 0.0f;
+      for (int64_t n = 0; n < width; n++) panels[k * kTileColumns + n] = b[n * op.bn + k];
   }
 }
 
@@ -102,27 +100,21 @@ inline void sum_panel(float* sums, const float* panel, int64_t K, int64_t column
 }
 
 // Rows m0 … of a for `many` k from k0 on: in rows kDepth apart, or with `strips`, where a lies in columns, kTileRows rows
-// by column; zeros behind the last row up to a whole strip.
+// by column.
 template <bool strips>
 void copy_block(float* to, const Product& op, int64_t m0, int64_t rows, int64_t k0, int64_t many) {
   const float* a = op.a + m0 * op.am + k0 * op.ak;
-  const int64_t padded = up(rows, kTileRows);
   if constexpr (strips) {
     for (int64_t k = 0; k < many; k++) {
       const float* column = a + k * op.ak;
       for (int64_t m = 0; m < rows; m += kLine) __builtin_prefetch(column + kRowsAhead * op.ak + m);
-      for (int64_t m = 0; m < padded; m += kTileRows) {
-        float* strip = to + m * kDepth + k * kTileRows;
-        if (m + kTileRows <= rows) {
-          std::memcpy(strip, column + m, sizeof(float) * kTileRows);
-        } else {
-          for (int64_t i = 0; i < kTileRows; i++) strip[i] = m + i < rows ? column[m + i] : 0.0f;
-        }
-      }
+      int64_t m = 0;
+      for (; m + kTileRows <= rows; m += kTileRows)
+        std::memcpy(to + m * kDepth + k * kTileRows, column + m, sizeof(float) * kTileRows);
+      if (m < rows) std::memcpy(to + m * kDepth + k * kTileRows, column + m, sizeof(float) * (rows - m));
     }
   } else {
-    for (int64_t m = 0; m < rows; m++) copy(to + m * kDepth, a + m * op.am, many, many);
-    for (int64_t m = rows; m < padded; m++) std::fill_n(to + m * kDepth, many, 0.0f);
+    for (int64_t m = 0; m < rows; m++) copy(to + m * kDepth, a + m * op.am, many);
   }
 }
 

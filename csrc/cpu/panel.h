@@ -6,8 +6,8 @@
 //
 //   f32    y = sum x w                                   x fp32
 //   bf16   y = sum x w                                   x bf16 where the CPU multiplies pairs of it, fp32 otherwise
-//   int8   y = s_x[m] s_w[n] sum x w                     x int8, a scale a row, as bytes x + 128: the CPU multiplies
-//                                                        bytes by int8, and 128 sum w is taken off at the end
+//   int8   y = s_x[m] s_w[n] sum x w                     x int8, a scale a row; for VNNI, which multiplies bytes by int8,
+//                                                        as bytes x + 128, and 128 sum w is taken off at the end
 //   int4   y = s_x[m] sum_g s_w[g, n] sum_{k in g} x w   x int8; w as 0 … 15, 8 sum x taken off. A group g of 64 k has
 //                                                        its scales (kPanel fp32) before its eight steps; word j of a
 //                                                        step holds k = 8 step + (0 … 3) in the low halves of its
@@ -51,22 +51,51 @@ struct Bf16Weights {
 #endif
 };
 
+#if defined(__AVX2__) && !defined(__AVX512VNNI__)
+// sum + the products of 4 · kLanes pairs of bytes, unsigned by signed, in fours; two neighbours' must stay below 2^15.
+inline Ints add_fours(Ints sum, Ints bytes, Ints signed_bytes) {
+#if defined(__AVX512F__)
+  const __m512i twos = _mm512_maddubs_epi16((__m512i)bytes, (__m512i)signed_bytes);
+  return sum + (Ints)_mm512_madd_epi16(twos, _mm512_set1_epi16(1));
+#else
+  const __m256i twos = _mm256_maddubs_epi16((__m256i)bytes, (__m256i)signed_bytes);
+  return sum + (Ints)_mm256_madd_epi16(twos, _mm256_set1_epi16(1));
+#endif
+}
+#endif
+
+inline int32_t four_bytes(const void* x) {
+  int32_t four;
+  std::memcpy(&four, x, 4);
+  return four;
+}
+
 struct Int8Weights {
   static constexpr int64_t kGroup = 4, kGroupBytes = 64;
-  using Act = uint8_t;  // x + 128
   using Sum = Ints;
-#if defined(__AVX512VNNI__)
-  static void add(Sum& sum, Ints w, const Act* x) {
-    int32_t four;
-    std::memcpy(&four, x, 4);
-    sum = (Ints)_mm512_dpbusd_epi32((__m512i)sum, _mm512_set1_epi32(four), (__m512i)w);
+#if defined(__AVX2__) && !defined(__AVX512VNNI__)
+  using Act = int8_t;
+  static void add(Sum& sum, Ints w, const Act* x) {  // |w| times x with w's sign
+#if defined(__AVX512F__)
+    const __m512i four = _mm512_set1_epi32(four_bytes(x)), zero = _mm512_setzero_si512();
+    const __m512i turned = _mm512_mask_sub_epi8(four, _mm512_movepi8_mask((__m512i)w), zero, four);
+    sum = add_fours(sum, (Ints)_mm512_abs_epi8((__m512i)w), (Ints)turned);
+#else
+    const __m256i turned = _mm256_sign_epi8(_mm256_set1_epi32(four_bytes(x)), (__m256i)w);
+    sum = add_fours(sum, (Ints)_mm256_abs_epi8((__m256i)w), (Ints)turned);
+#endif
   }
 #else
+  using Act = uint8_t;  // x + 128
   static void add(Sum& sum, Ints w, const Act* x) {
+#if defined(__AVX512VNNI__)
+    sum = (Ints)_mm512_dpbusd_epi32((__m512i)sum, _mm512_set1_epi32(four_bytes(x)), (__m512i)w);
+#else
     sum += (w << 24 >> 24) * int32_t(x[0]);
     sum += (w << 16 >> 24) * int32_t(x[1]);
     sum += (w << 8 >> 24) * int32_t(x[2]);
     sum += (w >> 24) * int32_t(x[3]);
+#endif
   }
 #endif
 };
@@ -76,13 +105,15 @@ struct Int4Weights {
   using Act = int8_t;  // a row ends with the sums of its groups, int32
   using Sum = Floats;
   static void add(Ints& sum, Ints w, const Act* x) {
+#if defined(__AVX2__)
+    const Ints low = w & 0x0f0f0f0f, high = (Ints)((Words)w >> 4) & 0x0f0f0f0f;
+#endif
 #if defined(__AVX512VNNI__)
-    int32_t low, high;
-    std::memcpy(&low, x, 4);
-    std::memcpy(&high, x + 4, 4);
-    sum = (Ints)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)(w & 0x0f0f0f0f), _mm512_set1_epi32(low));
-    const Ints upper = (Ints)((Words)w >> 4) & 0x0f0f0f0f;
-    sum = (Ints)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)upper, _mm512_set1_epi32(high));
+    sum = (Ints)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)low, _mm512_set1_epi32(four_bytes(x)));
+    sum = (Ints)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)high, _mm512_set1_epi32(four_bytes(x + 4)));
+#elif defined(__AVX2__)
+    sum = add_fours(sum, low, Ints{} + four_bytes(x));
+    sum = add_fours(sum, high, Ints{} + four_bytes(x + 4));
 #else
     for (int i = 0; i < 4; i++) {
       sum += (w >> (8 * i) & 15) * int32_t(x[i]);
