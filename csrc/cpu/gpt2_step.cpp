@@ -24,6 +24,13 @@ namespace {
 
 constexpr int64_t kPanelsAtOnce = 8;  // read side by side where rows are few: more streams, more bandwidth
 
+// Rows and panels of the tiles of many rows: their sums fill the vector registers.
+#if defined(__AVX512F__)
+constexpr int kManyRows = 8, kPanelsOfMany = 2;
+#else
+constexpr int kManyRows = kParts == 1 ? 8 : kParts == 2 ? 6 : 3, kPanelsOfMany = 1;
+#endif
+
 // Activations of as many rows or fewer every thread makes for itself: to wait for another's would take longer.
 constexpr int64_t kOwn = 4;
 
@@ -81,10 +88,10 @@ void tile(const Packed& packed, const Acts& acts, int64_t m0, int64_t p0, const 
 // All rows with `panels` panels; what was read once stays in the caches for the next rows.
 template <class W, int panels>
 void tiles(const Packed& packed, const Acts& acts, int64_t M, int64_t p0, const Output& out) {
-  if constexpr (panels <= 2) {
+  if constexpr (panels <= kPanelsOfMany) {
     int64_t m = 0;
-    if (m + 8 <= M) tile<W, 8, panels>(packed, acts, m, p0, out), m += 8;
-    for (; m + 8 <= M; m += 8) tile<W, 8, panels, false>(packed, acts, m, p0, out);
+    if (m + kManyRows <= M) tile<W, kManyRows, panels>(packed, acts, m, p0, out), m += kManyRows;
+    for (; m + kManyRows <= M; m += kManyRows) tile<W, kManyRows, panels, false>(packed, acts, m, p0, out);
     if (m + 4 <= M) tile<W, 4, panels>(packed, acts, m, p0, out), m += 4;
     if (m + 2 <= M) tile<W, 2, panels>(packed, acts, m, p0, out), m += 2;
     if (m < M) tile<W, 1, panels>(packed, acts, m, p0, out);
@@ -100,7 +107,7 @@ template <class W, class Prepare>
 void product(Walk& walk, const Packed& packed, const Acts& acts, int64_t M, const Output& out, int threads,
              Prepare&& prepare) {
   const int64_t panels = (packed.N + kPanel - 1) / kPanel;
-  const int64_t most = M < 4 ? kPanelsAtOnce : 2;  // that one reading of the activations serves
+  const int64_t most = M < 4 ? kPanelsAtOnce : kPanelsOfMany;  // that one reading of the activations serves
   int64_t chunk = kPanelsAtOnce;
   while (chunk > 1 && panels / chunk < 3 * threads) chunk /= 2;  // enough for everybody
   bool ready = false;
@@ -111,7 +118,7 @@ void product(Walk& walk, const Packed& packed, const Acts& acts, int64_t M, cons
       const int64_t left = std::min(end - p, most);
       if (left >= 8) tiles<W, 8>(packed, acts, M, p, out), p += 8;
       else if (left >= 4) tiles<W, 4>(packed, acts, M, p, out), p += 4;
-      else if (left >= 2) tiles<W, 2>(packed, acts, M, p, out), p += 2;
+      else if (left >= 2 && most >= 2) tiles<W, 2>(packed, acts, M, p, out), p += 2;
       else tiles<W, 1>(packed, acts, M, p, out), p += 1;
     }
   });
