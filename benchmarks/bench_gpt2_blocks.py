@@ -1,5 +1,5 @@
-"""gpt2_blocks, forward and backward, beside the same blocks in PyTorch, plain and compiled; `fastlm torch` is made of our
-other ops over PyTorch's kernels.
+"""gpt2_blocks, forward and backward, beside the same blocks in PyTorch, plain and compiled; `fastlm torch` is made of
+our other ops over PyTorch's kernels.
 
 FLOPs: 72 · C² a token and block for the products with weights (12 · C² of them, three products each), and 7 · C · T for
 causal attention (half of the square is masked). Least traffic: the weights and x, dy, and their gradients.
@@ -36,7 +36,8 @@ def cases(shape, dtype, device):
 
     def composition(x, weights):
         for i in range(0, len(weights), 12):
-            ln_1_w, ln_1_b, qkv_w, qkv_b, proj_w, proj_b, ln_2_w, ln_2_b, up_w, up_b, down_w, down_b = weights[i : i + 12]
+            block = weights[i : i + 12]
+            ln_1_w, ln_1_b, qkv_w, qkv_b, proj_w, proj_b, ln_2_w, ln_2_b, up_w, up_b, down_w, down_b = block
             qkv = F.layer_norm(x, (C,), ln_1_w, ln_1_b) @ qkv_w + qkv_b
             q, k, v = qkv.view(*x.shape[:2], 3, H, D).permute(2, 0, 3, 1, 4)
             o = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(x.shape)

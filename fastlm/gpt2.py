@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fastlm.config import GPT2Config
 from fastlm import dispatch
+from fastlm.config import GPT2Config
 from fastlm.ops import attention_qkv, bias_gelu, gpt2_blocks, layer_norm, linear_xent, softmax_xent
 
 __all__ = ["GPT2", "GPT2Config"]

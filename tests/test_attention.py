@@ -62,8 +62,8 @@ def plainest(backend):
 
 
 def unluckiest(q, k, v, do, scale, truth):
-    """dq, dk, dv of the composition that, like the op, has only lse in fp32 to get p back from, with lse rounded to either
-    side: of each what is furthest from the truth. Scores are huge here, and luck would decide.
+    """dq, dk, dv of the composition that, like the op, has only lse in fp32 to get p back from, with lse rounded to
+    either side: of each what is furthest from the truth. Scores are huge here, and luck would decide.
     """
     o, lse = reference.attention_fwd(q, k, v, 1, scale, 0.0, None)
     sides = [lse, *(torch.nextafter(lse, torch.full_like(lse, end)) for end in (-torch.inf, torch.inf))]

@@ -50,7 +50,8 @@ def test_every_op_is_measured_beside_its_peers(op, tmp_path):
     assert done.exit_code == 0, done.output + str(done.exception)
     rows = harness.read(tmp_path / "r.json")["rows"]
     timed = [row for row in rows if "refused" not in row]
-    assert {row["dtype"] for row in timed} == ({"fp32"} if op in ("gpt2_blocks", "adamw", "grad_norm") else {"fp32", "bf16"})
+    wide = op in ("gpt2_blocks", "adamw", "grad_norm")
+    assert {row["dtype"] for row in timed} == ({"fp32"} if wide else {"fp32", "bf16"})
     for case in {compare.case_of(row) for row in timed}:
         same = [row for row in timed if compare.case_of(row) == case]
         assert sum(row["chosen"] for row in same) == 1

@@ -43,8 +43,8 @@ def results(function, x, weights, dy):
     x, weights = x.detach().requires_grad_(), [weight.detach().requires_grad_() for weight in weights]
     y = function(x, weights)
     y.backward(dy.to(y.dtype))
-    named = {f"d{i // 12} {name}": w.grad for i, (name, w) in enumerate(zip([*BLOCK_WEIGHTS] * len(weights), weights))}
-    return {"y": y.detach(), "dx": x.grad} | named
+    names = [f"d{i // 12} {name}" for i, name in enumerate(list(BLOCK_WEIGHTS) * (len(weights) // 12))]
+    return {"y": y.detach(), "dx": x.grad} | {name: weight.grad for name, weight in zip(names, weights)}
 
 
 def check(x, weights, heads, backend):
@@ -53,7 +53,8 @@ def check(x, weights, heads, backend):
     composed = results(lambda x, w: composition(x, w, heads), x, weights, dy)
     moved = x.to(DEVICE), [w.to(DEVICE) for w in weights], dy.to(DEVICE)
     for what, got in results(lambda x, w: fastlm.gpt2_blocks(x, w, heads=heads), *moved).items():
-        numerics.close(f"gpt2_blocks {what.split()[-1]}", backend, got.cpu(), composed[what], truth[what], backward=what != "y")
+        quantity = f"gpt2_blocks {what.split()[-1]}"
+        numerics.close(quantity, backend, got.cpu(), composed[what], truth[what], backward=what != "y")
 
 
 # widths around the tiles: 6 or 12 rows, 16 or 32 columns, 256 deep, 48 rows of a block, 64 of attention
@@ -167,7 +168,8 @@ def model_of(**changes):
 
 
 needs_kernels = pytest.mark.skipif(
-    DEVICE != "cpu" or dispatch.machine_why_not("cpu") is not None, reason="needs the CPU kernels, and a CPU to use them")
+    DEVICE != "cpu" or dispatch.machine_why_not("cpu") is not None, reason="needs the CPU kernels, and a CPU to run on"
+)
 
 
 def calls(model, train=True, **forced):

@@ -59,7 +59,12 @@ CPU = {
                                   "parts.ln_2,\n                      op.statistics,"),
     "a norm's last rows lost": ("gpt2_blocks", "i < blocks; i++)\n    for (int64_t c = 0", "i + 1 < blocks; i++)\n"
                                 "    for (int64_t c = 0"),
-    "a bias's sums of another": ("gpt2_blocks", "d_qkv + 3 * C * C, d_proj + C * C}", "d_proj + C * C, d_qkv + 3 * C * C}"),
+    "a bias's sums of another": ("gpt2_blocks", "d_qkv + 3 * C * C, d_proj + C * C}",
+                                 "d_proj + C * C, d_qkv + 3 * C * C}"),
+    "a key sees a query too few": ("attention", "std::clamp(m - shift, int64_t(0), K)",
+                                   "std::clamp(m + 1 - shift, int64_t(0), K)"),
+    "weights that were not written": ("attention", "std::min(up(seen + kRows, kLanes), kTile)",
+                                      "std::min(up(seen, kLanes), kTile)"),
     "the first of k alone": ("matmul", "if (!first) each([&](Floats& value, int64_t place, int) "
                              "{ value += load(op.y + place); });", ""),
     "a tile's edge without bias": ("matmul", "if (last && op.bias) value += op.bias[n + c];", ""),

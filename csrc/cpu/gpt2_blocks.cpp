@@ -65,7 +65,10 @@ class Packed {
   Packed(std::initializer_list<Product> products) : products_(products) {
     thread_local std::vector<float> memory;
     int64_t floats = 0;
-    for (const Product& op : products_) starts_.push_back(floats), floats += up(up(op.N, kTileColumns) * op.K, kLine);
+    for (const Product& op : products_) {
+      starts_.push_back(floats);
+      floats += round_up(round_up(op.N, kTileColumns) * op.K, kLine);
+    }
     memory_ = kept(memory, floats);
   }
 
@@ -93,7 +96,7 @@ class Packed {
   void transposed() const {
     for (size_t i = 0; i < products_.size(); i++) {
       const Product& op = products_[i];
-      const int64_t row_blocks = ceil(op.M, kRows), column_blocks = ceil(op.N, kColumns);
+      const int64_t row_blocks = ceil_div(op.M, kRows), column_blocks = ceil_div(op.N, kColumns);
 #pragma omp for schedule(dynamic, 1) nowait
       for (int64_t at = 0; at < row_blocks * column_blocks; at++) {
         const int64_t m0 = at % row_blocks * kRows, n0 = at / row_blocks * kColumns;
@@ -141,7 +144,7 @@ void add_up(float* to, const float* sums, int64_t blocks, int64_t width) {
 template <class Body>
 void for_rows(int64_t N, Body&& body) {
 #pragma omp for schedule(dynamic, 1)
-  for (int64_t i = 0; i < ceil(N, kRows); i++) body(i * kRows, std::min(kRows, N - i * kRows));
+  for (int64_t i = 0; i < ceil_div(N, kRows); i++) body(i * kRows, std::min(kRows, N - i * kRows));
 }
 
 // What forward and backward of the attention have in common.
@@ -188,7 +191,7 @@ void forward_of(const Gpt2BlocksFwd& op, int threads) {
 }
 
 void backward_of(const Gpt2BlocksBwd& op, int threads) {
-  const int64_t N = op.B * op.T, C = op.H * op.D, F = op.F, blocks = ceil(N, kRows);
+  const int64_t N = op.B * op.T, C = op.H * op.D, F = op.F, blocks = ceil_div(N, kRows);
   const Parts parts(op.weights, C, F);
   float *du = op.scratch, *dh = du + N * F, *ds = dh + N * C, *dqkv = ds + N * C, *d_o = dqkv + 3 * N * C;
   float *delta = d_o + N * C, *sums_1 = delta + op.B * op.H * op.T, *sums_2 = sums_1 + blocks * 2 * C;

@@ -45,8 +45,8 @@ struct Product {
 
 using Tile = Floats[kTileRows][kTileVectors];
 
-inline int64_t ceil(int64_t n, int64_t by) { return (n + by - 1) / by; }
-inline int64_t up(int64_t n, int64_t multiple) { return ceil(n, multiple) * multiple; }
+inline int64_t ceil_div(int64_t n, int64_t by) { return (n + by - 1) / by; }
+inline int64_t round_up(int64_t n, int64_t multiple) { return ceil_div(n, multiple) * multiple; }
 
 // ---- packing
 
@@ -222,7 +222,7 @@ inline float* kept(std::vector<float>& memory, int64_t floats) {
 template <bool strips>
 void block(const Product& op, const float* panels, int64_t m0, int64_t rows, int64_t n0, int64_t columns) {
   thread_local std::vector<float> memory;
-  float* a = kept(memory, (up(rows, kTileRows) + kTileRows) * kDepth);
+  float* a = kept(memory, (round_up(rows, kTileRows) + kTileRows) * kDepth);
   for (int64_t k0 = 0; k0 < op.K || k0 == 0; k0 += kDepth) {
     const int64_t many = std::min(kDepth, op.K - k0);
     const bool first = k0 == 0, last = k0 + kDepth >= op.K;

@@ -17,10 +17,10 @@ BLOCK_WEIGHTS = {  # of a block, in their order: transformers' names, and their 
 def gpt2_blocks(x, weights, *, heads, epsilon=1e-5):
     """Blocks of GPT-2 one after the other: x = s + MLP(norm(s)) with s = x + attention(norm(x)), causal, no dropout.
 
-    x (B, T, C) in fp32 (fp64 too on `torch` and `reference`); weights: twelve tensors a block in x's dtype, in the order
-    and with the shapes of BLOCK_WEIGHTS, which are those of transformers' GPT2Block; F, the width of the MLP, is the same for
-    all. Returns (B, T, C). Raises ValueError or TypeError before anything is computed. Differentiable once, in all
-    tensors.
+    x (B, T, C) in fp32 (fp64 too on `torch` and `reference`); weights: twelve tensors a block in x's dtype, in the
+    order and with the shapes of BLOCK_WEIGHTS, which are those of transformers' GPT2Block; F, the width of the MLP, is
+    the same for all. Returns (B, T, C). Raises ValueError or TypeError before anything is computed. Differentiable
+    once, in all tensors.
     """
     weights, names = list(weights), list(BLOCK_WEIGHTS)
     if not weights or len(weights) % len(names):
