@@ -4,8 +4,8 @@
     generate    step → prefill, decode, decode, ... → embedding, h.0, ..., ln_f, lm_head, draw
 
 Hooks open and close the ranges while the profile lasts: in torch's profiler and, where there is CUDA, as NVTX
-for Nsight. No decode step is captured as a CUDA graph here: a replayed kernel has neither a part nor a shape. And a model
-that is watched runs the parts of its blocks, where training in fp32 on a CPU else calls gpt2_blocks.
+for Nsight. No decode step is captured as a CUDA graph here: a replayed kernel has neither a part nor a shape. And a
+model that is watched runs the parts of its blocks, where training in fp32 on a CPU else calls gpt2_blocks.
 """
 
 import os
