@@ -84,9 +84,8 @@ def test_there_is_something_to_mutate():
         assert sum("sync" not in name and "wait" not in name for name in mine) >= 2
 
 
-@pytest.mark.parametrize("sm", [
-    pytest.param(sm, marks=[] if sm == 90 else pytest.mark.slow) for sm in resources.ARCHITECTURES
-])
+@pytest.mark.slow
+@pytest.mark.parametrize("sm", resources.ARCHITECTURES)
 def test_nvcc_resources(sm):
     if (compiler := resources.nvcc_version()) is None:
         pytest.skip("nvcc is not here to compile the CUDA kernels")
