@@ -80,8 +80,9 @@ class Launchers:
 
     def gpt2_blocks_fwd(self, x, weights, heads, epsilon):
         (B, T, C), L, F = x.shape, len(weights) // 12, weights[8].shape[1]
-        N, y, addresses = B * T, x.new_empty(x.shape), torch.tensor([weight.data_ptr() for weight in weights])
-        kept = [x.new_empty(shape) for shape in (
+        N, y = B * T, torch.empty(B, T, C, dtype=x.dtype)
+        addresses = torch.tensor([weight.data_ptr() for weight in weights])
+        kept = [torch.empty(shape, dtype=x.dtype) for shape in (
             (L - 1, N, C), (L, N, C), (L, N, 3 * C), (L, N, C), (L, B, heads, T), (L, N, C), (L, N, C), (L, N, F),
             (L, N, F), (L, 4, N))]
         self._plain(
@@ -92,8 +93,9 @@ class Launchers:
 
     def gpt2_blocks_bwd(self, dy, x, saved, weights, heads):
         (B, T, C), L, F = x.shape, len(weights) // 12, weights[8].shape[1]
-        dx, gradients = x.new_empty(x.shape), x.new_empty(sum(weight.numel() for weight in weights))
-        scratch = x.new_empty(B * T * (8 * C + F) + B * heads * T + -(-B * T // _BLOCK_ROWS) * 8 * C)
+        dx = torch.empty(B, T, C, dtype=x.dtype)
+        gradients = torch.empty(sum(weight.numel() for weight in weights), dtype=x.dtype)
+        scratch = torch.empty(B * T * (8 * C + F) + B * heads * T + -(-B * T // _BLOCK_ROWS) * 8 * C, dtype=x.dtype)
         addresses = torch.tensor([weight.data_ptr() for weight in weights])
         self._plain(
             "gpt2_blocks_bwd", x.device, dx=dx.data_ptr(), gradients=gradients.data_ptr(),

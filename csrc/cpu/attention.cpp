@@ -49,34 +49,33 @@ inline int64_t key_end(int64_t t, int64_t T, int64_t S, int causal) {
   return std::clamp(t + 1 + (causal == kBottomRight ? S - T : 0), int64_t(0), S);
 }
 
-// What the queries of a tile see of a tile of keys: query r the first r + 1 + shift of them.
-struct Seen {
-  int64_t shift;
+// Query r of the tile at t0 sees the first r + 1 + shift keys of the tile at j0.
+inline int64_t shift_of(int64_t t0, int64_t j0, int64_t T, int64_t S, int causal) {
+  return causal == kFull ? kTile : t0 - j0 + (causal == kBottomRight ? S - T : 0);
+}
 
-  Seen(int64_t t0, int64_t j0, int64_t T, int64_t S, int causal)
-      : shift(causal == kFull ? kTile : t0 - j0 + (causal == kBottomRight ? S - T : 0)) {}
+// The parts of a tile's products (product.h) that what is seen needs. Queries by keys: scores.
+struct Scores {
+  int64_t shift, K;
+  int64_t first_row(int64_t n) const { return std::max(n - shift, int64_t(0)) / kRows * kRows; }
+  int64_t begin(int64_t) const { return 0; }
+  int64_t end(int64_t) const { return K; }
+};
 
-  // Queries by keys: scores.
-  struct Scores {
-    int64_t shift, K;
-    int64_t first_row(int64_t n) const { return std::max(n - shift, int64_t(0)) / kRows * kRows; }
-    int64_t begin(int64_t) const { return 0; }
-    int64_t end(int64_t) const { return K; }
-  };
-  // Sums over keys for queries, with weights that are 0 up to `written` of what they see.
-  struct OverKeys {
-    int64_t shift, K;
-    int64_t first_row(int64_t) const { return 0; }
-    int64_t begin(int64_t) const { return 0; }
-    int64_t end(int64_t m) const { return std::clamp(m + kRows + shift, int64_t(0), K); }
-  };
-  // Sums over queries for keys.
-  struct OverQueries {
-    int64_t shift, K;
-    int64_t first_row(int64_t) const { return 0; }
-    int64_t begin(int64_t m) const { return std::clamp(m - shift, int64_t(0), K); }
-    int64_t end(int64_t) const { return K; }
-  };
+// Sums over keys for queries, with weights that are 0 behind what they see, up to `written`.
+struct OverKeys {
+  int64_t shift, K;
+  int64_t first_row(int64_t) const { return 0; }
+  int64_t begin(int64_t) const { return 0; }
+  int64_t end(int64_t m) const { return std::clamp(m + kRows + shift, int64_t(0), K); }
+};
+
+// Sums over queries for keys.
+struct OverQueries {
+  int64_t shift, K;
+  int64_t first_row(int64_t) const { return 0; }
+  int64_t begin(int64_t m) const { return std::clamp(m - shift, int64_t(0), K); }
+  int64_t end(int64_t) const { return K; }
 };
 
 // How much of a row of weights is written, of which `seen` are not 0: what a product reads for kRows rows at once.
@@ -98,14 +97,8 @@ void copy_rows(float* to, const T* from, int64_t stride, int64_t rows, int64_t D
 void transpose_tiles(float* to, const float* from, int64_t rows, int64_t Dp) {
   for (int64_t r0 = 0; r0 < rows; r0 += kTile)
     for (int64_t d = 0; d < Dp; d += kLanes)
-      for (int64_t r = 0; r < kTile; r += kLanes) {
-        Floats square[kLanes];
-#pragma GCC unroll 16
-        for (int i = 0; i < kLanes; i++) square[i] = load(from + (r0 + r + i) * Dp + d);
-        transpose(square);
-#pragma GCC unroll 16
-        for (int i = 0; i < kLanes; i++) store(to + r0 * Dp + (d + i) * kTile + r, square[i]);
-      }
+      for (int64_t r = 0; r < kTile; r += kLanes)
+        transpose(to + r0 * Dp + d * kTile + r, kTile, from + (r0 + r) * Dp + d, Dp);
 }
 
 // rows (rows, D) of a head, strided in memory, from fp32 rows Dp apart.
@@ -207,12 +200,12 @@ void fwd(const AttentionFwd& op, int threads) {
       std::fill(tile.m, tile.m + kTile, -kInfinity);
       std::fill(tile.l, tile.l + kTile, 0.0f);
       for (int64_t j0 = 0; j0 < ends[rows - 1]; j0 += kTile) {
-        const int64_t shift = Seen(t0, j0, op.T, op.S, op.causal).shift;
-        product<false>(tile.scores, kTile, q, Dp, 1, kt + j0 * Dp, kTile, M, kTile, Seen::Scores{shift, Dp});
+        const int64_t shift = shift_of(t0, j0, op.T, op.S, op.causal);
+        product<false>(tile.scores, kTile, q, Dp, 1, kt + j0 * Dp, kTile, M, kTile, Scores{shift, Dp});
         softmax_tile(tile, rows, ends, j0, Dp, op.scale);
         if (op.drop) drop_tile(tile.scores, mask, rows, t0, j0);
         const int64_t keys = std::min(kTile, ends[rows - 1] - j0);
-        product<true>(tile.o, Dp, tile.scores, kTile, 1, v + j0 * Dp, Dp, M, Dp, Seen::OverKeys{shift, keys});
+        product<true>(tile.o, Dp, tile.scores, kTile, 1, v + j0 * Dp, Dp, M, Dp, OverKeys{shift, keys});
       }
       for (int64_t r = 0; r < rows; r++) {
         const float scale = tile.l[r] > 0 ? 1.0f / tile.l[r] : tile.l[r];  // 0 where nothing is seen, NaN kept
@@ -255,19 +248,19 @@ Head load_head(const AttentionBwd& op, Scratch& scratch, int64_t b, int64_t h, i
   return head;
 }
 
-// Fills head.p with drop(p) and head.ds with scale · ds for queries t0 … and keys j0 …; 0 in what is not seen.
+// Fills head.p with drop(p) and head.ds with scale · ds for queries t0 … and keys j0 …; 0 behind what is seen, up to
+// `written`.
 void backward_tile(const Head& head, const AttentionBwd& op, const DropoutMask& mask, int64_t t0, int64_t j0) {
   const int64_t rows = std::min(kTile, head.T - t0), M = up(rows, kRows);
-  const Seen::Scores part{Seen(t0, j0, head.T, head.S, op.causal).shift, head.Dp};
+  const Scores part{shift_of(t0, j0, head.T, head.S, op.causal), head.Dp};
   product<false>(head.p, kTile, head.q + t0 * head.Dp, head.Dp, 1, head.kt + j0 * head.Dp, kTile, M, kTile, part);
   product<false>(head.ds, kTile, head.do_ + t0 * head.Dp, head.Dp, 1, head.vt + j0 * head.Dp, kTile, M, kTile, part);
   if (op.drop) drop_tile(head.ds, mask, rows, t0, j0);
-  for (int64_t r = 0; r < M; r++) {
+  for (int64_t r = 0; r < rows; r++) {
     float *p = head.p + r * kTile, *ds = head.ds + r * kTile;
-    const int64_t end = r < rows ? key_end(t0 + r, op.T, op.S, op.causal) : 0;
-    const int64_t seen = std::clamp(end - j0, int64_t(0), kTile);
-    const float lse = r < rows ? head.lse[t0 + r] : 0, delta = r < rows ? head.delta[t0 + r] : 0;
+    const int64_t seen = std::clamp(key_end(t0 + r, op.T, op.S, op.causal) - j0, int64_t(0), kTile);
     const int64_t last = written(seen);
+    const float lse = head.lse[t0 + r], delta = head.delta[t0 + r];
     for (int64_t j = seen; j < last; j++) p[j] = -kInfinity;
     for (int64_t j = 0; j < last; j += kLanes) {
       const Floats weight = seen ? exp(load(p + j) * op.scale - lse) : Floats{};
@@ -322,13 +315,13 @@ void key_tile(const AttentionBwd& op, const Head& head, const DropoutMask& mask,
   for (int64_t t0 = first_query(op, j0); t0 < op.T; t0 += kTile) {
     const int64_t rows = std::min(kTile, op.T - t0);
     backward_tile(head, op, mask, t0, j0);
-    const int64_t shift = Seen(t0, j0, op.T, op.S, op.causal).shift;
-    const Seen::OverQueries part{shift, rows};
+    const int64_t shift = shift_of(t0, j0, op.T, op.S, op.causal);
+    const OverQueries part{shift, rows};
     product<true>(dv, Dp, head.p, 1, kTile, head.do_ + t0 * Dp, Dp, kTile, Dp, part);
     product<true>(dk, Dp, head.ds, 1, kTile, head.q + t0 * Dp, Dp, kTile, Dp, part);
     if (dq)
       product<true>(dq + t0 * Dp, Dp, head.ds, kTile, 1, head.k + j0 * Dp, Dp, up(rows, kRows), Dp,
-                    Seen::OverKeys{shift, keys});
+                    OverKeys{shift, keys});
   }
   write_rows(to.dk + j0 * op.stride_dks, op.stride_dks, dk, keys, op.D, Dp);
   write_rows(to.dv + j0 * op.stride_dvs, op.stride_dvs, dv, keys, op.D, Dp);
@@ -345,7 +338,7 @@ void query_tile(const AttentionBwd& op, const Head& head, const DropoutMask& mas
     const int64_t keys = std::min(kTile, op.S - j0);
     backward_tile(head, op, mask, t0, j0);
     product<true>(dq, Dp, head.ds, kTile, 1, head.k + j0 * Dp, Dp, up(rows, kRows), Dp,
-                  Seen::OverKeys{Seen(t0, j0, op.T, op.S, op.causal).shift, keys});
+                  OverKeys{shift_of(t0, j0, op.T, op.S, op.causal), keys});
   }
   write_rows(to.dq + t0 * op.stride_dqt, op.stride_dqt, dq, rows, op.D, Dp);
 }

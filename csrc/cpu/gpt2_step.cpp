@@ -28,7 +28,7 @@ constexpr int64_t kPanelsAtOnce = 8;  // read side by side where rows are few: m
 #if defined(__AVX512F__)
 constexpr int kManyRows = 8, kPanelsOfMany = 2;
 #else
-constexpr int kManyRows = kParts == 1 ? 8 : kParts == 2 ? 6 : 3, kPanelsOfMany = 1;
+constexpr int kManyRows = kParts == 2 ? 6 : 3, kPanelsOfMany = 1;
 #endif
 
 // Activations of as many rows or fewer every thread makes for itself: to wait for another's would take longer.
@@ -118,7 +118,7 @@ void product(Walk& walk, const Packed& packed, const Acts& acts, int64_t M, cons
       const int64_t left = std::min(end - p, most);
       if (left >= 8) tiles<W, 8>(packed, acts, M, p, out), p += 8;
       else if (left >= 4) tiles<W, 4>(packed, acts, M, p, out), p += 4;
-      else if (left >= 2 && most >= 2) tiles<W, 2>(packed, acts, M, p, out), p += 2;
+      else if (left >= 2) tiles<W, 2>(packed, acts, M, p, out), p += 2;
       else tiles<W, 1>(packed, acts, M, p, out), p += 1;
     }
   });

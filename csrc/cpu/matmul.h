@@ -74,14 +74,8 @@ inline void pack_panels(float* panels, const Product& op, int64_t n0) {
     const int64_t width = std::min(kTileColumns, columns - first);
     int64_t k = 0;
     for (; width == kTileColumns && k + kLanes <= op.K; k += kLanes)
-      for (int64_t n = 0; n < kTileColumns; n += kLanes) {
-        Floats square[kLanes];
-#pragma GCC unroll 16
-        for (int i = 0; i < kLanes; i++) square[i] = load(b + (n + i) * op.bn + k);
-        transpose(square);
-#pragma GCC unroll 16
-        for (int i = 0; i < kLanes; i++) store(panels + (k + i) * kTileColumns + n, square[i]);
-      }
+      for (int64_t n = 0; n < kTileColumns; n += kLanes)
+        transpose(panels + k * kTileColumns + n, kTileColumns, b + n * op.bn + k, op.bn);
     for (; k < op.K; k++)
       for (int64_t n = 0; n < width; n++) panels[k * kTileColumns + n] = b[n * op.bn + k];
   }
@@ -222,7 +216,7 @@ inline float* kept(std::vector<float>& memory, int64_t floats) {
 template <bool strips>
 void block(const Product& op, const float* panels, int64_t m0, int64_t rows, int64_t n0, int64_t columns) {
   thread_local std::vector<float> memory;
-  float* a = kept(memory, (round_up(rows, kTileRows) + kTileRows) * kDepth);
+  float* a = kept(memory, round_up(rows, kTileRows) * kDepth);
   for (int64_t k0 = 0; k0 < op.K || k0 == 0; k0 += kDepth) {
     const int64_t many = std::min(kDepth, op.K - k0);
     const bool first = k0 == 0, last = k0 + kDepth >= op.K;

@@ -248,6 +248,16 @@ inline void transpose(Floats (&x)[kLanes]) {
   if constexpr (kLanes > 8) transpose_step<8>(x, lanes);
 }
 
+// A square of kLanes rows, `from_ld` apart, transposed to rows `to_ld` apart.
+inline void transpose(float* to, int64_t to_ld, const float* from, int64_t from_ld) {
+  Floats square[kLanes];
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; i++) square[i] = load(from + i * from_ld);
+  transpose(square);
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; i++) store(to + i * to_ld, square[i]);
+}
+
 inline float maximum(Floats x) {
   float m = x[0];
   for (int i = 1; i < kLanes; i++) m = x[i] > m ? x[i] : m;
