@@ -6,13 +6,13 @@ causal attention (half of the square is masked). Least traffic: the weights and 
 """
 
 import torch
-import torch.nn.functional as F
 
 import fastlm
 from fastlm.numerics import DTYPES
 from fastlm.ops import BLOCK_WEIGHTS
 
 from .harness import Case
+from .programs import plain_block
 
 WIDTHS = {"fp32": torch.float32}
 SHAPES = {
@@ -35,15 +35,8 @@ def cases(shape, dtype, device):
         return random(sequences, T, C).requires_grad_(), random(sequences, T, C), *(w.requires_grad_() for w in made)
 
     def composition(x, weights):
-        for i in range(0, len(weights), 12):
-            block = weights[i : i + 12]
-            ln_1_w, ln_1_b, qkv_w, qkv_b, proj_w, proj_b, ln_2_w, ln_2_b, up_w, up_b, down_w, down_b = block
-            qkv = F.layer_norm(x, (C,), ln_1_w, ln_1_b) @ qkv_w + qkv_b
-            q, k, v = qkv.view(*x.shape[:2], 3, H, D).permute(2, 0, 3, 1, 4)
-            o = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(x.shape)
-            x = x + o @ proj_w + proj_b
-            h = F.layer_norm(x, (C,), ln_2_w, ln_2_b) @ up_w + up_b
-            x = x + F.gelu(h, approximate="tanh") @ down_w + down_b
+        for first in range(0, len(weights), len(BLOCK_WEIGHTS)):
+            x = plain_block(x, weights[first : first + len(BLOCK_WEIGHTS)], H)
         return x
 
     yield Case(

@@ -58,24 +58,25 @@ def weights(shape):
     return L * (12 * C * C + 13 * C) + V * C + 2 * C
 
 
+def plain_block(x, weights, heads, epsilon=1e-5):
+    """A block of GPT-2 as nanoGPT and others write it, of x (B, T, C) and weights in gpt2_blocks' order."""
+    ln_1_w, ln_1_b, qkv_w, qkv_b, proj_w, proj_b, ln_2_w, ln_2_b, up_w, up_b, down_w, down_b = weights
+    B, T, C = x.shape
+    qkv = torch.matmul(F.layer_norm(x, (C,), ln_1_w, ln_1_b, epsilon), qkv_w) + qkv_b
+    q, k, v = (part.view(B, T, heads, -1).transpose(1, 2) for part in qkv.chunk(3, dim=-1))
+    o = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(B, T, C)
+    x = x + (torch.matmul(o, proj_w) + proj_b)
+    up = torch.matmul(F.layer_norm(x, (C,), ln_2_w, ln_2_b, epsilon), up_w) + up_b
+    return x + (torch.matmul(F.gelu(up, approximate="tanh"), down_w) + down_b)
+
+
 def plain_loss(model, tokens, targets):
     """The loss of a GPT2 as nanoGPT and others write it: PyTorch's own functions, logits as a whole."""
-    parts, H = model.transformer, model.config.n_head
-    B, T = tokens.shape
-    x = F.embedding(tokens, parts["wte"].weight) + parts["wpe"].weight[:T]
-
-    def norm(module, x):
-        return F.layer_norm(x, x.shape[-1:], module.weight, module.bias, module.eps)
-
-    def linear(module, x):
-        return torch.matmul(x, module.weight) + module.bias
-
+    parts, config = model.transformer, model.config
+    x = F.embedding(tokens, parts["wte"].weight) + parts["wpe"].weight[: tokens.shape[1]]
     for block in parts["h"]:
-        q, k, v = (part.view(B, T, H, -1).transpose(1, 2)
-                   for part in linear(block.attn.c_attn, norm(block.ln_1, x)).chunk(3, dim=-1))
-        o = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(B, T, -1)
-        x = x + linear(block.attn.c_proj, o)
-        up = linear(block.mlp.c_fc, norm(block.ln_2, x))
-        x = x + linear(block.mlp.c_proj, F.gelu(up, approximate="tanh"))
-    logits = F.linear(norm(parts["ln_f"], x), model.lm_head.weight)
+        x = plain_block(x, block.weights(), config.n_head, config.layer_norm_epsilon)
+    ln_f = parts["ln_f"]
+    x = F.layer_norm(x, x.shape[-1:], ln_f.weight, ln_f.bias, ln_f.eps)
+    logits = F.linear(x, model.lm_head.weight)
     return F.cross_entropy(logits.view(-1, logits.shape[-1]).float(), targets.reshape(-1))
