@@ -60,7 +60,7 @@ constexpr int64_t kGpt2BlockRows = 48;
 
 // L blocks of GPT-2 in fp32, N = B·T rows, F the width of the MLP. A block, y being the next one's x:
 //   h1 = norm(x) ln_1;  qkv = h1 W_qkv + b;  o = attention(qkv), causal;  s = x + o W_proj + b
-//   h2 = norm(s) ln_2;  u = h2 W_up + b;  g = gelu(u);  y = s + g W_down + b
+//   h2 = norm(s) ln_2;  u = h2 W_up + b;  g = gelu(u), slope = gelu'(u);  y = s + g W_down + b
 // All tensors are contiguous, matrices (inputs, outputs). The weights of a block in order: ln_1 weight, bias; qkv, proj:
 // matrix, bias; ln_2 weight, bias; up, down: matrix, bias.
 struct Gpt2BlocksFwd {
@@ -68,7 +68,7 @@ struct Gpt2BlocksFwd {
   float* between;                  // out (L - 1, N, C) y of the others
   float *h1, *qkv, *o;             // out (L, N, C), (L, N, 3 C), (L, N, C)
   float* lse;                      // out (L, B, H, T)
-  float *s, *h2, *u, *g;           // out (L, N, C), (L, N, C), (L, N, F), (L, N, F)
+  float *s, *h2, *slope, *g;       // out (L, N, C), (L, N, C), (L, N, F), (L, N, F)
   float* statistics;               // out (L, 4, N) mean and rstd of ln_1, mean and rstd of ln_2
   const float* x;                  // in  (N, C)
   const int64_t* weights;          // in  (L, 12) addresses
@@ -81,7 +81,7 @@ struct Gpt2BlocksBwd {
   float* gradients;                // out those of the weights, one behind the other
   float* scratch;                  // (N · (8 C + F) + B · H · T + ceil(N / kGpt2BlockRows) · 8 C,)
   const float *dy, *x;             // in  (N, C)
-  const float *between, *h1, *qkv, *o, *lse, *s, *h2, *u, *g, *statistics;  // in  as forward left them
+  const float *between, *h1, *qkv, *o, *lse, *s, *h2, *slope, *g, *statistics;  // in  as forward left them
   const int64_t* weights;          // in  (L, 12) addresses
   int64_t L, B, T, H, D, F;
 };

@@ -39,7 +39,7 @@ template <>
 inline std::vector<Field<Gpt2BlocksFwd>> fields_of() {
   using Op = Gpt2BlocksFwd;
   return {
-      FIELD(y), FIELD(between), FIELD(h1), FIELD(qkv), FIELD(o), FIELD(lse), FIELD(s), FIELD(h2), FIELD(u),
+      FIELD(y), FIELD(between), FIELD(h1), FIELD(qkv), FIELD(o), FIELD(lse), FIELD(s), FIELD(h2), FIELD(slope),
       FIELD(g), FIELD(statistics), FIELD(x), FIELD(weights), FIELD(L), FIELD(B), FIELD(T), FIELD(H),
       FIELD(D), FIELD(F), FIELD(epsilon)
   };
@@ -50,7 +50,7 @@ inline std::vector<Field<Gpt2BlocksBwd>> fields_of() {
   using Op = Gpt2BlocksBwd;
   return {
       FIELD(dx), FIELD(gradients), FIELD(scratch), FIELD(dy), FIELD(x), FIELD(between), FIELD(h1),
-      FIELD(qkv), FIELD(o), FIELD(lse), FIELD(s), FIELD(h2), FIELD(u), FIELD(g), FIELD(statistics),
+      FIELD(qkv), FIELD(o), FIELD(lse), FIELD(s), FIELD(h2), FIELD(slope), FIELD(g), FIELD(statistics),
       FIELD(weights), FIELD(L), FIELD(B), FIELD(T), FIELD(H), FIELD(D), FIELD(F)
   };
 }

@@ -43,14 +43,15 @@ class Composed:
         h2, _, *more = self.ops.layer_norm_fwd(s, None, ln_2_w, ln_2_b, epsilon, x.dtype)
         u = torch.addmm(up_b, h2, up_w)
         g = self.ops.bias_gelu_fwd(u, torch.zeros_like(up_b))
-        return s + torch.addmm(down_b, g, down_w), h1, qkv, o, lse, s, h2, u, g, torch.stack([*statistics, *more])
+        slope, _ = self.ops.bias_gelu_bwd(torch.ones_like(u), u, torch.zeros_like(up_b))
+        return s + torch.addmm(down_b, g, down_w), h1, qkv, o, lse, s, h2, slope, g, torch.stack([*statistics, *more])
 
     def _backward(self, dy, x, saved, weights, shape, heads):
-        ln_1_w, _, qkv_w, _, proj_w, _, ln_2_w, _, up_w, up_b, down_w, _ = weights
-        h1, qkv, o, lse, s, h2, u, g, (mean_1, rstd_1, mean_2, rstd_2) = saved
+        ln_1_w, _, qkv_w, _, proj_w, _, ln_2_w, _, up_w, _, down_w, _ = weights
+        h1, qkv, o, lse, s, h2, slope, g, (mean_1, rstd_1, mean_2, rstd_2) = saved
         B, T, C = shape
         parts, D = (B, T, heads, C // heads), C // heads
-        du, _ = self.ops.bias_gelu_bwd(dy @ down_w.t(), u, torch.zeros_like(up_b))
+        du = (dy @ down_w.t()) * slope
         ds, _, *d_ln_2 = self.ops.layer_norm_bwd(du @ up_w.t(), dy, s, ln_2_w, mean_2, rstd_2, x.dtype)
         do = (ds @ proj_w.t()).view(parts)
         dqkv = self.ops.attention_qkv_bwd(do, qkv.view(B, T, 3, heads, D), o.view(parts), lse, 1, D**-0.5, 0.0, None)

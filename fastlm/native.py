@@ -14,7 +14,7 @@ _DECODE_SPLIT = 128  # csrc/fastlm.h, kDecodeSplit
 _COLUMN_ROWS = 32  # kColumnRows
 _BLOCK_ROWS = 48  # kGpt2BlockRows
 _NORM_PIECE = 65536  # kNormPiece
-_BLOCKS = "between", "h1", "qkv", "o", "lse", "s", "h2", "u", "g", "statistics"  # what gpt2_blocks keeps
+_BLOCKS = "between", "h1", "qkv", "o", "lse", "s", "h2", "slope", "g", "statistics"  # what gpt2_blocks keeps
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # csrc/fastlm.h, DType
 
 

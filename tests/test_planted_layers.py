@@ -53,7 +53,7 @@ CPU = {
     "norm of the first piece": ("grad_norm", "piece < pieces; piece++) total", "piece < 1; piece++) total"),
     "blocks' attention sees too far": ("gpt2_blocks", "attention.causal = kBottomRight", "attention.causal = kFull"),
     "blocks' residual lost": ("gpt2_blocks", "down.residual = op.s;", "down.residual = op.x;"),
-    "blocks' slope forgotten": ("gpt2_blocks", "down.slope_of = op.u;", ""),
+    "blocks' slope forgotten": ("gpt2_blocks", "down.factor = op.slope;", ""),
     "another block's input": ("gpt2_blocks", "if (l) one.x = op.between + (l - 1) * N * C;", ""),
     "another norm's statistics": ("gpt2_blocks", "parts.ln_2,\n                      op.statistics + 2 * N,",
                                   "parts.ln_2,\n                      op.statistics,"),

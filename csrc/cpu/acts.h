@@ -48,7 +48,8 @@ inline void round_row(Byte* to, float* scale, const float* row, int64_t K, int32
   for (int64_t k = 0; k < K; k += kLanes) {
     const Floats shifted = part(k) * inverse + 12582912.0f;  // 1.5 · 2^23: the low bits hold the nearest whole number
     const Bytes bytes = __builtin_convertvector((Ints)shifted - 0x4b400000 + zero, Bytes);
-    std::memcpy(to + k, &bytes, std::min(K - k, int64_t(kLanes)));
+    if (k + kLanes <= K) std::memcpy(to + k, &bytes, sizeof bytes);
+    else std::memcpy(to + k, &bytes, K - k);
   }
 }
 

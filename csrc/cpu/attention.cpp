@@ -22,6 +22,7 @@ namespace fastlm::cpu::FASTLM_ISA {
 namespace {
 
 constexpr int64_t kTile = 64;
+constexpr int64_t kRowsAhead = 12;  // rows are fetched ahead where they are copied: they lie too far apart to be guessed
 
 inline int64_t up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
@@ -87,6 +88,8 @@ void copy_rows(float* to, const T* from, int64_t stride, int64_t rows, int64_t D
   for (int64_t r = 0; r < rows; r++) {
     const T* row = from + r * stride;
     int64_t d = 0;
+    for (int64_t c = 0; c < D * int64_t(sizeof(T)); c += 64)
+      __builtin_prefetch(reinterpret_cast<const char*>(row + kRowsAhead * stride) + c);
     for (; d + kLanes <= D; d += kLanes) store(to + r * Dp + d, load(row + d));
     if (d < D) store(to + r * Dp + d, load_tail(row + d, D - d, 0.0f));
   }

@@ -13,12 +13,17 @@ inline Floats gelu_sigmoid(Floats x) {
 
 inline Floats gelu(Floats x) { return x * gelu_sigmoid(x); }
 
-// σ + x σ (1 - σ) dz/dx; where |x| is so large that x dz/dx overflows, σ (1 - σ) is 0.
-inline Floats gelu_slope(Floats x) {
+// Slope and value: σ + x σ (1 - σ) dz/dx, and x σ; where |x| is so large that x dz/dx overflows, σ (1 - σ) is 0.
+struct GeluSlope {
+  Floats slope, value;
+};
+inline GeluSlope gelu_with_slope(Floats x) {
   const Floats sigmoid = gelu_sigmoid(x);
   const Floats bounded = select(x > 1e6f, broadcast(1e6f), select(x < -1e6f, broadcast(-1e6f), x));
   const Floats steep = bounded * (bounded * bounded * 0.134145f + 1.0f) * 1.5957691216f;  // x dz/dx
-  return sigmoid + sigmoid * (1.0f - sigmoid) * steep;
+  return {sigmoid + sigmoid * (1.0f - sigmoid) * steep, x * sigmoid};
 }
+
+inline Floats gelu_slope(Floats x) { return gelu_with_slope(x).slope; }
 
 }  // namespace fastlm::cpu::FASTLM_ISA

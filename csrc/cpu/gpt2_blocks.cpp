@@ -4,7 +4,7 @@
 // rows alone, in their own caches: up to qkv, and from o to y. Between is the attention (attention.cpp). Backward, dy
 // being the gradient of y:
 //
-//   du = (dy W_down^T) gelu'(u);  dh2 = du W_up^T;  ds = dy + norm'(dh2);  do = ds W_proj^T        blocks of rows
+//   du = (dy W_down^T) slope;  dh2 = du W_up^T;  ds = dy + norm'(dh2);  do = ds W_proj^T            blocks of rows
 //   dqkv = attention'(do)
 //   dh1 = dqkv W_qkv^T;  dx = ds + norm'(dh1)                                                      blocks of rows
 //
@@ -167,7 +167,7 @@ Attention attention_of(const Op& op) {
 void forward_of(const Gpt2BlocksFwd& op, int threads) {
   const int64_t N = op.B * op.T, C = op.H * op.D;
   const Parts parts(op.weights, C, op.F);
-  Product proj = forward(op.s, op.o, parts.proj, N), up = forward(op.u, op.h2, parts.up, N);
+  Product proj = forward(op.s, op.o, parts.proj, N), up = forward(op.slope, op.h2, parts.up, N);
   Product down = forward(op.y, op.g, parts.down, N);
   proj.residual = op.x, up.gelu = op.g, down.residual = op.s;
   const Packed products{forward(op.qkv, op.h1, parts.qkv, N), proj, up, down};
@@ -202,7 +202,7 @@ void backward_of(const Gpt2BlocksBwd& op, int threads) {
 
   {
     Product down = backward(du, op.dy, parts.down, N);
-    down.slope_of = op.u;
+    down.factor = op.slope;
     const Packed products{down, backward(dh, du, parts.up, N), backward(d_o, ds, parts.proj, N),
                           backward(dh, dqkv, parts.qkv, N)};
 #pragma omp parallel num_threads(threads)
@@ -249,7 +249,7 @@ Op block_of(const Op& op, int64_t l) {
   const int64_t N = op.B * op.T, C = op.H * op.D;
   Op one = op;
   one.h1 += l * N * C, one.qkv += l * N * 3 * C, one.o += l * N * C, one.lse += l * op.B * op.H * op.T;
-  one.s += l * N * C, one.h2 += l * N * C, one.u += l * N * op.F, one.g += l * N * op.F, one.statistics += l * 4 * N;
+  one.s += l * N * C, one.h2 += l * N * C, one.slope += l * N * op.F, one.g += l * N * op.F, one.statistics += l * 4 * N;
   one.weights += l * 12;
   if (l) one.x = op.between + (l - 1) * N * C;
   return one;

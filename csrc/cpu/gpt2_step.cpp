@@ -31,6 +31,9 @@ constexpr int kManyRows = 8, kPanelsOfMany = 2;
 constexpr int kManyRows = kParts == 2 ? 6 : 3, kPanelsOfMany = 1;
 #endif
 
+// Bytes of activations that go through all panels of a chunk before the next rows do: they stay in the second-level cache.
+constexpr int64_t kBlockBytes = 96 << 10;
+
 // Activations of as many rows or fewer every thread makes for itself: to wait for another's would take longer.
 constexpr int64_t kOwn = 4;
 
@@ -85,11 +88,10 @@ void tile(const Packed& packed, const Acts& acts, int64_t m0, int64_t p0, const 
     }
 }
 
-// All rows with `panels` panels; what was read once stays in the caches for the next rows.
+// Rows m … M with `panels` panels; what was read once stays in the caches for the next rows.
 template <class W, int panels>
-void tiles(const Packed& packed, const Acts& acts, int64_t M, int64_t p0, const Output& out) {
+void tiles(const Packed& packed, const Acts& acts, int64_t m, int64_t M, int64_t p0, const Output& out) {
   if constexpr (panels <= kPanelsOfMany) {
-    int64_t m = 0;
     if (m + kManyRows <= M) tile<W, kManyRows, panels>(packed, acts, m, p0, out), m += kManyRows;
     for (; m + kManyRows <= M; m += kManyRows) tile<W, kManyRows, panels, false>(packed, acts, m, p0, out);
     if (m + 4 <= M) tile<W, 4, panels>(packed, acts, m, p0, out), m += 4;
@@ -110,16 +112,21 @@ void product(Walk& walk, const Packed& packed, const Acts& acts, int64_t M, cons
   const int64_t most = M < 4 ? kPanelsAtOnce : kPanelsOfMany;  // that one reading of the activations serves
   int64_t chunk = kPanelsAtOnce;
   while (chunk > 1 && panels / chunk < 3 * threads) chunk /= 2;  // enough for everybody
+  const int64_t row_bytes = packed.K * int64_t(sizeof(typename W::Act));
+  const int64_t block = up(std::max(kBlockBytes / row_bytes, int64_t(1)), kManyRows);
   bool ready = false;
   walk.run((panels + chunk - 1) / chunk, [&](int64_t i) {
     if (!ready) prepare(), ready = true;
     const int64_t end = std::min(panels, (i + 1) * chunk);
-    for (int64_t p = i * chunk; p < end;) {
-      const int64_t left = std::min(end - p, most);
-      if (left >= 8) tiles<W, 8>(packed, acts, M, p, out), p += 8;
-      else if (left >= 4) tiles<W, 4>(packed, acts, M, p, out), p += 4;
-      else if (left >= 2) tiles<W, 2>(packed, acts, M, p, out), p += 2;
-      else tiles<W, 1>(packed, acts, M, p, out), p += 1;
+    for (int64_t m = 0; m < M; m += block) {
+      const int64_t to = std::min(M, m + block);
+      for (int64_t p = i * chunk; p < end;) {
+        const int64_t left = std::min(end - p, most);
+        if (left >= 8) tiles<W, 8>(packed, acts, m, to, p, out), p += 8;
+        else if (left >= 4) tiles<W, 4>(packed, acts, m, to, p, out), p += 4;
+        else if (left >= 2) tiles<W, 2>(packed, acts, m, to, p, out), p += 2;
+        else tiles<W, 1>(packed, acts, m, to, p, out), p += 1;
+      }
     }
   });
 }

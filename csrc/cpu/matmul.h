@@ -28,8 +28,9 @@ constexpr int64_t kLine = 16;       // floats of a cache line
 constexpr int64_t kAtOnce = 4;      // panels that are packed together: more neighbours of a row of b
 constexpr int64_t kRowsAhead = 12;  // rows are fetched ahead where they lie too far apart to be guessed
 
-// y[m, n] = (sum_k a[m, k] b[k, n] + bias[n]) gelu'(slope_of[m, n]) + residual[m, n];  gelu[m, n] = gelu(y[m, n]).
-// Of a's strides one is 1, and of b's. y, slope_of, residual and gelu are (M, N), contiguous; what is null is left out.
+// y[m, n] = (sum_k a[m, k] b[k, n] + bias[n]) factor[m, n] + residual[m, n]; with gelu, gelu(y[m, n]) goes there, and the
+// slope of it to y. Of a's strides one is 1, and of b's. y, factor, residual and gelu are (M, N), contiguous; what is null
+// is left out.
 struct Product {
   float* y;
   const float* a;  // (M, K)
@@ -38,7 +39,7 @@ struct Product {
   int64_t bk, bn;
   int64_t M, N, K;
   const float* bias = nullptr;  // (N,)
-  const float* slope_of = nullptr;
+  const float* factor = nullptr;
   const float* residual = nullptr;
   float* gelu = nullptr;
 };
@@ -157,7 +158,7 @@ inline void fetch_for_take(const Product& op, int64_t m, int64_t n) {
       const int64_t place = at + i * op.N + c;
       __builtin_prefetch(op.y + place, 1);
       if (op.gelu) __builtin_prefetch(op.gelu + place, 1);
-      if (op.slope_of) __builtin_prefetch(op.slope_of + place);
+      if (op.factor) __builtin_prefetch(op.factor + place);
       if (op.residual) __builtin_prefetch(op.residual + place);
     }
 }
@@ -179,14 +180,15 @@ inline void take_whole(const Product& op, Tile& tile, int64_t m, int64_t n, bool
     for (int v = 0; v < kTileVectors; v++) bias[v] = load(op.bias + n + v * kLanes);
     each([&](Floats& value, int64_t, int v) { value += bias[v]; });
   }
-  const auto one_by_one = [&](auto&& f) {  // where f is long
-    for (int i = 0; i < kTileRows; i++)
-      for (int v = 0; v < kTileVectors; v++) f(tile[i][v], at + i * op.N + v * kLanes);
-  };
-  if (last && op.slope_of)
-    one_by_one([&](Floats& value, int64_t place) { value *= gelu_slope(load(op.slope_of + place)); });
+  if (last && op.factor) each([&](Floats& value, int64_t place, int) { value *= load(op.factor + place); });
   if (last && op.residual) each([&](Floats& value, int64_t place, int) { value += load(op.residual + place); });
-  if (last && op.gelu) one_by_one([&](Floats& value, int64_t place) { store(op.gelu + place, gelu(value)); });
+  if (last && op.gelu)
+    for (int i = 0; i < kTileRows; i++)  // not unrolled: it is long
+      for (int v = 0; v < kTileVectors; v++) {
+        const auto [slope, value] = gelu_with_slope(tile[i][v]);
+        store(op.gelu + at + i * op.N + v * kLanes, value);
+        tile[i][v] = slope;
+      }
   each([&](Floats& value, int64_t place, int) { store(op.y + place, value); });
 }
 
@@ -198,9 +200,12 @@ inline void take_part(const Product& op, const Tile& tile, int64_t m, int64_t n,
       const int64_t at = (m + i) * op.N + n + c;
       float value = tile[i][c / kLanes][c % kLanes] + (first ? 0.0f : op.y[at]);
       if (last && op.bias) value += op.bias[n + c];
-      if (last && op.slope_of) value *= gelu_slope(broadcast(op.slope_of[at]))[0];
+      if (last && op.factor) value *= op.factor[at];
       if (last && op.residual) value += op.residual[at];
-      if (last && op.gelu) op.gelu[at] = gelu(broadcast(value))[0];
+      if (last && op.gelu) {
+        const auto [slope, result] = gelu_with_slope(broadcast(value));
+        op.gelu[at] = result[0], value = slope[0];
+      }
       op.y[at] = value;
     }
 }

@@ -52,14 +52,23 @@ struct Bf16Weights {
 };
 
 #if defined(__AVX2__) && !defined(__AVX512VNNI__)
-// sum + the products of 4 · kLanes pairs of bytes, unsigned by signed, in fours; two neighbours' must stay below 2^15.
-inline Ints add_fours(Ints sum, Ints bytes, Ints signed_bytes) {
+typedef int16_t Shorts __attribute__((vector_size(4 * kLanes)));
+
+// The products of 4 · kLanes pairs of bytes, unsigned by signed, in twos, which must stay below 2^15.
+inline Shorts twos(Ints bytes, Ints signed_bytes) {
 #if defined(__AVX512F__)
-  const __m512i twos = _mm512_maddubs_epi16((__m512i)bytes, (__m512i)signed_bytes);
-  return sum + (Ints)_mm512_madd_epi16(twos, _mm512_set1_epi16(1));
+  return (Shorts)_mm512_maddubs_epi16((__m512i)bytes, (__m512i)signed_bytes);
 #else
-  const __m256i twos = _mm256_maddubs_epi16((__m256i)bytes, (__m256i)signed_bytes);
-  return sum + (Ints)_mm256_madd_epi16(twos, _mm256_set1_epi16(1));
+  return (Shorts)_mm256_maddubs_epi16((__m256i)bytes, (__m256i)signed_bytes);
+#endif
+}
+
+// Neighbours added.
+inline Ints fours(Shorts twos) {
+#if defined(__AVX512F__)
+  return (Ints)_mm512_madd_epi16((__m512i)twos, _mm512_set1_epi16(1));
+#else
+  return (Ints)_mm256_madd_epi16((__m256i)twos, _mm256_set1_epi16(1));
 #endif
 }
 #endif
@@ -79,10 +88,10 @@ struct Int8Weights {
 #if defined(__AVX512F__)
     const __m512i four = _mm512_set1_epi32(four_bytes(x)), zero = _mm512_setzero_si512();
     const __m512i turned = _mm512_mask_sub_epi8(four, _mm512_movepi8_mask((__m512i)w), zero, four);
-    sum = add_fours(sum, (Ints)_mm512_abs_epi8((__m512i)w), (Ints)turned);
+    sum += fours(twos((Ints)_mm512_abs_epi8((__m512i)w), (Ints)turned));
 #else
     const __m256i turned = _mm256_sign_epi8(_mm256_set1_epi32(four_bytes(x)), (__m256i)w);
-    sum = add_fours(sum, (Ints)_mm256_abs_epi8((__m256i)w), (Ints)turned);
+    sum += fours(twos((Ints)_mm256_abs_epi8((__m256i)w), (Ints)turned));
 #endif
   }
 #else
@@ -104,7 +113,17 @@ struct Int4Weights {
   static constexpr int64_t kGroup = 64, kGroupBytes = 9 * 64;
   using Act = int8_t;  // a row ends with the sums of its groups, int32
   using Sum = Floats;
-  static void add(Ints& sum, Ints w, const Act* x) {
+#if defined(__AVX2__) && !defined(__AVX512VNNI__)
+  // 16 bits hold the products of four steps: 16 · 15 · 127 < 2^15.
+  static constexpr int kSteps = 4;
+  using Part = Shorts;
+  static Ints whole(Part part) { return fours(part); }
+#else
+  static constexpr int kSteps = 8;
+  using Part = Ints;
+  static Ints whole(Part part) { return part; }
+#endif
+  static void add(Part& sum, Ints w, const Act* x) {
 #if defined(__AVX2__)
     const Ints low = w & 0x0f0f0f0f, high = (Ints)((Words)w >> 4) & 0x0f0f0f0f;
 #endif
@@ -112,8 +131,8 @@ struct Int4Weights {
     sum = (Ints)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)low, _mm512_set1_epi32(four_bytes(x)));
     sum = (Ints)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)high, _mm512_set1_epi32(four_bytes(x + 4)));
 #elif defined(__AVX2__)
-    sum = add_fours(sum, low, Ints{} + four_bytes(x));
-    sum = add_fours(sum, high, Ints{} + four_bytes(x + 4));
+    sum += twos(low, Ints{} + four_bytes(x));
+    sum += twos(high, Ints{} + four_bytes(x + 4));
 #else
     for (int i = 0; i < 4; i++) {
       sum += (w >> (8 * i) & 15) * int32_t(x[i]);
@@ -161,19 +180,30 @@ inline void product_of_panels(typename W::Sum (&sums)[rows][panels * kParts], co
           exact[m][p] = Ints{} - 8 * x_sum;
         }
       at += 4 * kPanel;
-      for (int step = 0; step < 8; step++, at += 4 * kPanel) {
-        const typename W::Act* x_at = x + g * W::kGroup + step * 8;
+      for (int first = 0; first < 8; first += W::kSteps) {
+        typename W::Part parts[rows][panels * kParts];
 #pragma GCC unroll 16
-        for (int p = 0; p < panels; p++) {
-          fetch_step(p);
+        for (int m = 0; m < rows; m++)
 #pragma GCC unroll 16
-          for (int i = 0; i < kParts; i++) {
-            Ints word;
-            std::memcpy(&word, w + p * bytes + at + 4 * kLanes * i, sizeof word);
+          for (int p = 0; p < panels * kParts; p++) parts[m][p] = typename W::Part{};
+        for (int step = first; step < first + W::kSteps; step++, at += 4 * kPanel) {
+          const typename W::Act* x_at = x + g * W::kGroup + step * 8;
 #pragma GCC unroll 16
-            for (int m = 0; m < rows; m++) W::add(exact[m][p * kParts + i], word, x_at + m * ldx);
+          for (int p = 0; p < panels; p++) {
+            fetch_step(p);
+#pragma GCC unroll 16
+            for (int i = 0; i < kParts; i++) {
+              Ints word;
+              std::memcpy(&word, w + p * bytes + at + 4 * kLanes * i, sizeof word);
+#pragma GCC unroll 16
+              for (int m = 0; m < rows; m++) W::add(parts[m][p * kParts + i], word, x_at + m * ldx);
+            }
           }
         }
+#pragma GCC unroll 16
+        for (int m = 0; m < rows; m++)
+#pragma GCC unroll 16
+          for (int p = 0; p < panels * kParts; p++) exact[m][p] += W::whole(parts[m][p]);
       }
 #pragma GCC unroll 16
       for (int m = 0; m < rows; m++)

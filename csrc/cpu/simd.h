@@ -268,7 +268,7 @@ inline float maximum(Floats x) {
 //
 // exp(x) = 2^n exp(r), n = round(x log2 e), r = x - n ln 2 in two steps, exp(r) by a polynomial of degree 6 that is
 // minimax on |r| ≤ ln 2 / 2 (coefficients as in Cephes' expf).
-inline Floats exp(Floats x) {
+[[gnu::always_inline]] inline Floats exp(Floats x) {
   const Floats low = broadcast(-87.33654f);
   const Ints underflow = x < low;
   const Floats clamped = select(underflow, low, x);
@@ -282,9 +282,8 @@ inline Floats exp(Floats x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * r * r + r + 1.0f;
-  const Ints power = ((Ints)shifted - 0x4b400000) << 23;
-  const Floats result = select(underflow, Floats{}, (Floats)((Ints)p + power));
-  return select(x != x, x, result);
+  const Floats power = (Floats)(((Ints)shifted - (0x4b400000 - 127)) << 23);  // 2^n, or anything where x is NaN
+  return select(underflow, Floats{}, p * power);
 }
 
 }  // namespace fastlm::cpu::FASTLM_ISA

@@ -90,7 +90,7 @@ _ROW = {"family": "gpt2_blocks", "kernels": KERNELS, "order": ORDER, "key": lamb
         "limits": _limits}
 _fwd = define(
     "gpt2_blocks_fwd(Tensor x, Tensor[] weights, int heads, float epsilon) -> (Tensor y, Tensor between, Tensor h1,"
-    " Tensor qkv, Tensor o, Tensor lse, Tensor s, Tensor h2, Tensor u, Tensor g, Tensor statistics)",
+    " Tensor qkv, Tensor o, Tensor lse, Tensor s, Tensor h2, Tensor slope, Tensor g, Tensor statistics)",
     **_ROW, fake=_fwd_fake,
 )
 _bwd = define(
