@@ -20,6 +20,21 @@ struct Acts {
 
 inline int64_t up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
+// The bytes from one row of K to the next: lines of a cache, an odd number, since rows a power of two apart collide there.
+inline int64_t row_stride(Weights weights, int64_t K) {
+  const int64_t whole = up(K, Int4Weights::kGroup);
+  const auto bytes = [&] {
+    switch (weights) {
+      case Weights::f32: return 4 * whole;
+      case Weights::bf16: return int64_t(sizeof(Bf16Weights::Act)) * whole;
+      case Weights::int8: return whole;
+      case Weights::int4: return whole + whole / Int4Weights::kGroup * 4;
+    }
+    return int64_t(0);
+  };
+  return (up(bytes(), 64) / 64 | 1) * 64;
+}
+
 inline void write_row(float* to, float*, const float* row, int64_t K) { std::memcpy(to, row, 4 * K); }
 
 inline void write_row(Bf16* to, float*, const float* row, int64_t K) {

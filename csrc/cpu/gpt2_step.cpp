@@ -178,8 +178,8 @@ class Step {
   void compute() {
     floats_.resize(M_ * (2 * Cp_ + Qp_ + Fp_) + 2 * M_);
     x_ = floats_.data(), qkv_ = x_ + M_ * Cp_, o_ = qkv_ + M_ * Qp_, f_ = o_ + M_ * Cp_;
-    act_bytes_.resize(M_ * widest_ * 4);  // as wide as fp32, so that a group of k ends inside
-    acts_ = {act_bytes_.data(), f_ + M_ * Fp_, widest_ * 4};
+    act_bytes_.resize(M_ * row_stride(Weights::f32, widest_));
+    acts_ = {act_bytes_.data(), f_ + M_ * Fp_};
     const bool scattered = !op_.every && E_ < op_.B;  // some sequences wait
     std::vector<float> apart(scattered ? E_ * Vp_ : 0);
     float* logits = scattered ? apart.data() : op_.logits;
@@ -242,8 +242,8 @@ class Step {
   // A thread's own activations, kOwn rows.
   Acts own() const {
     thread_local std::vector<float> kept;
-    float* scales = at_least(kept, kOwn * (1 + widest_));
-    return {reinterpret_cast<char*>(scales + kOwn), scales, widest_ * 4};
+    float* scales = at_least(kept, kOwn + kOwn * row_stride(Weights::f32, widest_) / 4);
+    return {reinterpret_cast<char*>(scales + kOwn), scales};
   }
 
   static float* at_least(std::vector<float>& kept, int64_t size) {
@@ -285,11 +285,12 @@ class Step {
     const auto make = [&](const Acts& acts, int64_t m) {
       write_row(acts, weights, m, row(m, scratch()), packed.K);
     };
+    Acts acts = M > kOwn ? acts_ : own();
+    acts.ld = row_stride(weights, packed.K);
     if (M > kOwn) {
-      walk.run(M, [&](int64_t m) { make(acts_, m); });
-      product(walk, weights, packed, acts_, M, out, threads_, [] {});
+      walk.run(M, [&](int64_t m) { make(acts, m); });
+      product(walk, weights, packed, acts, M, out, threads_, [] {});
     } else {
-      const Acts acts = own();
       product(walk, weights, packed, acts, M, out, threads_, [&] {
         for (int64_t m = 0; m < M; m++) make(acts, m);
       });
@@ -408,7 +409,7 @@ class Step {
   std::vector<float> floats_, lse_;
   std::vector<char> act_bytes_;
   float *x_ = nullptr, *qkv_ = nullptr, *o_ = nullptr, *f_ = nullptr;  // (M, Cp) residual, (M, Qp), (M, Cp), (M, Fp)
-  Acts acts_{};
+  Acts acts_{};                           // of the rows; as far apart as a product wants them
 };
 
 }  // namespace

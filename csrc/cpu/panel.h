@@ -186,18 +186,19 @@ inline void product_of_panels(typename W::Sum (&sums)[rows][panels * kParts], co
         for (int m = 0; m < rows; m++)
 #pragma GCC unroll 16
           for (int p = 0; p < panels * kParts; p++) parts[m][p] = typename W::Part{};
+#pragma GCC unroll 1  // or else all products are kept, to be added up in another order
         for (int step = first; step < first + W::kSteps; step++, at += 4 * kPanel) {
           const typename W::Act* x_at = x + g * W::kGroup + step * 8;
 #pragma GCC unroll 16
           for (int p = 0; p < panels; p++) {
             fetch_step(p);
+            Ints words[kParts];
 #pragma GCC unroll 16
-            for (int i = 0; i < kParts; i++) {
-              Ints word;
-              std::memcpy(&word, w + p * bytes + at + 4 * kLanes * i, sizeof word);
+            for (int i = 0; i < kParts; i++) std::memcpy(&words[i], w + p * bytes + at + 4 * kLanes * i, sizeof(Ints));
 #pragma GCC unroll 16
-              for (int m = 0; m < rows; m++) W::add(parts[m][p * kParts + i], word, x_at + m * ldx);
-            }
+            for (int m = 0; m < rows; m++)
+#pragma GCC unroll 16
+              for (int i = 0; i < kParts; i++) W::add(parts[m][p * kParts + i], words[i], x_at + m * ldx);
           }
         }
 #pragma GCC unroll 16
