@@ -9,8 +9,9 @@ import torch
 
 from fastlm import native, vendor
 
-# Rows, by device: with fewer, packing w for every product (on a CPU) and filling the device (a GPU) cost time.
-CHUNK = {"cpu": 512, "cuda": 4096}
+# Rows, by device: with fewer, packing w for every product (on a CPU) and filling the device (a GPU) cost time. As many
+# logits are few beside what else a step holds.
+CHUNK, FEW = {"cpu": 512, "cuda": 4096}, 2**20
 
 
 class Chunked:
@@ -23,7 +24,7 @@ class Chunked:
         N, (V, _), w = len(h), w.shape, w.to(h.dtype)
         loss = h.new_empty(N, dtype=torch.promote_types(h.dtype, torch.float32))
         lse, logits = torch.empty_like(loss), _logits(h, V)
-        for rows in _chunks(h):
+        for rows in _chunks(h, V):
             x = torch.mm(h[rows], w.t(), out=logits[: rows.stop - rows.start])
             loss[rows], lse[rows] = self.softmax.softmax_xent_fwd(x, y[rows], ignore)
         return loss, lse
@@ -50,7 +51,7 @@ class Chunked:
         """(dh, dw); gradient(x, rows) puts that of the logits x of some rows in their place."""
         (V, C), narrow = w.shape, w.to(h.dtype)
         dh, dw, logits = torch.empty_like(h, memory_format=torch.contiguous_format), None, _logits(h, V)
-        chunks, wide = _chunks(h), h.dtype == torch.promote_types(h.dtype, torch.float32)
+        chunks, wide = _chunks(h, V), h.dtype == torch.promote_types(h.dtype, torch.float32)
         part = None if wide or len(chunks) <= 1 else h.new_empty(V, C)
         for rows in chunks:
             x = torch.mm(h[rows], narrow.t(), out=logits[: rows.stop - rows.start])
@@ -64,16 +65,17 @@ class Chunked:
         return dh, (w.new_zeros(V, C) if dw is None else dw.to(w.dtype))
 
 
-def _rows(h):
-    return CHUNK.get(h.device.type, CHUNK["cpu"])
+def _rows(h, V):
+    return max(CHUNK.get(h.device.type, CHUNK["cpu"]), FEW // max(V, 1))
 
 
-def _chunks(h):
-    return [slice(first, min(first + _rows(h), len(h))) for first in range(0, len(h), _rows(h))]
+def _chunks(h, V):
+    rows = _rows(h, V)
+    return [slice(first, min(first + rows, len(h))) for first in range(0, len(h), rows)]
 
 
 def _logits(h, V):
-    return h.new_empty(min(_rows(h), len(h)), V)
+    return h.new_empty(min(_rows(h, V), len(h)), V)
 
 
 cpu, torch_ = Chunked(getattr(native, "cpu", None)), Chunked(vendor)

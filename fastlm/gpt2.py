@@ -206,9 +206,9 @@ class GPT2(nn.Module):
     def loss(self, tokens, targets, *, seed=None):
         """The loss of `model(tokens, targets)` without its logits, which never exist as a whole: what to train with."""
         self._check_targets(tokens, targets)
-        # The head's gradient for wte is there first, dense; the rows that the embedding adds are few beside it.
-        tied = self.lm_head.weight is self.transformer.wte.weight
-        sparse = tied and tokens.device.type == "cpu" and not torch.compiler.is_compiling()
+        # The head's gradient for wte is there first, dense; the rows that the embedding adds may be few beside it.
+        few = self.lm_head.weight is self.transformer.wte.weight and tokens.numel() < self.config.vocab_size
+        sparse = few and tokens.device.type == "cpu" and not torch.compiler.is_compiling()
         hidden = self.hidden(tokens, seed=seed, sparse=sparse)
         return linear_xent(hidden.view(-1, hidden.shape[-1]), self.lm_head.weight, targets.reshape(-1))
 

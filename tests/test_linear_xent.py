@@ -15,6 +15,7 @@ FAMILY = "linear_xent"
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
     monkeypatch.setattr(chunked, "CHUNK", {"cpu": 16, "cuda": 16})
+    monkeypatch.setattr(chunked, "FEW", 0)
 
 
 def operands(N, C, V, dtype, w_dtype=None, kind="normal"):

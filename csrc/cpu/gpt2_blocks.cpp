@@ -92,21 +92,29 @@ class Packed {
     block<false>(products_[i], panels(i), m0, rows, 0, products_[i].N);
   }
 
-  // All products whose a lies in columns, by all threads of a team.
+  // All products whose a lies in columns, by all threads of a team, in blocks as wide as leaves enough for everybody.
   void transposed() const {
+    int64_t width = 512;
+    const auto blocks = [&](const Product& op) { return ceil_div(op.M, kTall) * ceil_div(op.N, width); };
+    const auto all = [&] {
+      int64_t count = 0;
+      for (const Product& op : products_) count += blocks(op);
+      return count;
+    };
+    while (width > 4 * kTileColumns && all() < 4 * omp_get_num_threads()) width /= 2;
     for (size_t i = 0; i < products_.size(); i++) {
       const Product& op = products_[i];
-      const int64_t row_blocks = ceil_div(op.M, kRows), column_blocks = ceil_div(op.N, kColumns);
+      const int64_t across = ceil_div(op.N, width);
 #pragma omp for schedule(dynamic, 1) nowait
-      for (int64_t at = 0; at < row_blocks * column_blocks; at++) {
-        const int64_t m0 = at % row_blocks * kRows, n0 = at / row_blocks * kColumns;
-        block<true>(op, panels(i), m0, std::min(kRows, op.M - m0), n0, std::min(kColumns, op.N - n0));
+      for (int64_t at = 0; at < blocks(op); at++) {
+        const int64_t m0 = at / across * kTall, n0 = at % across * width;
+        block<true>(op, panels(i), m0, std::min(kTall, op.M - m0), n0, std::min(width, op.N - n0));
       }
     }
   }
 
  private:
-  static constexpr int64_t kColumns = 16 * kTileColumns;  // of a block of a matrix's gradient
+  static constexpr int64_t kTall = 132;  // rows of a block of a matrix's gradient: whole tiles
   float* panels(size_t i) const { return memory_ + starts_[i]; }
 
   std::vector<Product> products_;

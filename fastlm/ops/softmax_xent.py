@@ -53,6 +53,11 @@ def check_labels(op, y, vocab, ignore):
     """Raises ValueError for a label outside [0, vocab) that is not `ignore`, where labels lie on the host."""
     if y.device.type != "cpu" or torch.compiler.is_compiling():
         return
+    if not y.numel():
+        return
+    low, high = torch.aminmax(y)  # one reading of y, where nothing is wrong
+    if int(low) >= 0 and int(high) < vocab:
+        return
     wrong = ((y < 0) | (y >= vocab)) & (y != ignore)
     if wrong.any():
         n = int(wrong.nonzero()[0])
