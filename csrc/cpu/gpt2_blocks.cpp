@@ -19,7 +19,8 @@
 namespace fastlm::cpu::FASTLM_ISA {
 namespace {
 
-constexpr int64_t kRows = kGpt2BlockRows;
+constexpr int64_t kRows = kGpt2BlockRows;  // whose contributions to a norm's gradients are added before others are
+constexpr int64_t kMost = 3;               // as many kRows go through a product together
 
 // A matrix (from, to) with its bias.
 struct Linear {
@@ -131,14 +132,18 @@ void norm_forward(float* y, float* statistics, const float* x, const Norm& norm,
   layer_norm_fwd(op, 1);
 }
 
-// Rows m0 …: dx = ds + the gradient of the norm of x by x; what they add to those of its weight and bias to sums (2, C).
+// Rows m0 …: dx = ds + the gradient of the norm of x by x; what kRows of them add to those of its weight and bias goes to
+// sums (blocks, 2, C).
 void norm_backward(float* dx, float* sums, float* scratch, const float* dy, const float* ds, const float* x,
                    const Norm& norm, const float* statistics, int64_t N, int64_t C, int64_t m0, int64_t rows) {
-  LayerNormBwd op{};
-  op.dx = dx + m0 * C, op.dweight_dbias = sums, op.scratch = scratch;
-  op.dy = dy + m0 * C, op.stride_dyn = C, op.ds = ds + m0 * C, op.stride_dsn = C, op.s = x + m0 * C, op.stride_sn = C;
-  op.weight = norm.w, op.mean = statistics + m0, op.rstd = statistics + N + m0, op.N = rows, op.C = C;
-  layer_norm_bwd(op, 1);
+  for (int64_t m = m0; m < m0 + rows; m += kRows) {
+    LayerNormBwd op{};
+    op.dx = dx + m * C, op.dweight_dbias = sums + m / kRows * 2 * C, op.scratch = scratch + m / kRows * 4 * C;
+    op.dy = dy + m * C, op.stride_dyn = C, op.ds = ds + m * C, op.stride_dsn = C, op.s = x + m * C, op.stride_sn = C;
+    op.weight = norm.w, op.mean = statistics + m, op.rstd = statistics + N + m;
+    op.N = std::min(kRows, m0 + rows - m), op.C = C;
+    layer_norm_bwd(op, 1);
+  }
 }
 
 // to (width,) = the sum of sums (blocks, width), in order.
@@ -148,11 +153,16 @@ void add_up(float* to, const float* sums, int64_t blocks, int64_t width) {
     for (int64_t c = 0; c < width; c++) to[c] += sums[i * width + c];
 }
 
-// body(m0, rows) for every block of kRows rows of N, shared out among the threads of a team.
+// body(m0, rows) for all rows of N, shared out among the threads of a team: at first several kRows of them, so that a
+// panel is fetched for many, in the end one, so that all come to an end together.
 template <class Body>
 void for_rows(int64_t N, Body&& body) {
+  std::vector<int64_t> starts{0};
+  for (const int64_t units = ceil_div(N, kRows), threads = omp_get_num_threads(); starts.back() < units;)
+    starts.push_back(starts.back() + std::clamp((units - starts.back()) / (2 * threads), int64_t(1), kMost));
 #pragma omp for schedule(dynamic, 1)
-  for (int64_t i = 0; i < ceil_div(N, kRows); i++) body(i * kRows, std::min(kRows, N - i * kRows));
+  for (size_t i = 0; i < starts.size() - 1; i++)
+    body(starts[i] * kRows, std::min(starts[i + 1] * kRows, N) - starts[i] * kRows);
 }
 
 // What forward and backward of the attention have in common.
@@ -217,11 +227,9 @@ void backward_of(const Gpt2BlocksBwd& op, int threads) {
     {
       products.pack();
       for_rows(N, [&](int64_t m0, int64_t rows) {
-        const int64_t i = m0 / kRows;
         products.rows(0, m0, rows);
         products.rows(1, m0, rows);
-        norm_backward(ds, sums_2 + i * 2 * C, norm_scratch + i * 4 * C, dh, op.dy, op.s, parts.ln_2,
-                      op.statistics + 2 * N, N, C, m0, rows);
+        norm_backward(ds, sums_2, norm_scratch, dh, op.dy, op.s, parts.ln_2, op.statistics + 2 * N, N, C, m0, rows);
         products.rows(2, m0, rows);
       });
     }
@@ -234,10 +242,8 @@ void backward_of(const Gpt2BlocksBwd& op, int threads) {
     attention_bwd(attention, threads);
 #pragma omp parallel num_threads(threads)
     for_rows(N, [&](int64_t m0, int64_t rows) {
-      const int64_t i = m0 / kRows;
       products.rows(3, m0, rows);
-      norm_backward(op.dx, sums_1 + i * 2 * C, norm_scratch + i * 4 * C, dh, ds, op.x, parts.ln_1, op.statistics, N, C,
-                    m0, rows);
+      norm_backward(op.dx, sums_1, norm_scratch, dh, ds, op.x, parts.ln_1, op.statistics, N, C, m0, rows);
     });
   }
   add_up(d_ln_1, sums_1, blocks, 2 * C);

@@ -163,6 +163,13 @@ inline void fetch_for_take(const Product& op, int64_t m, int64_t n) {
     }
 }
 
+// Fetches `part` of `parts` of a panel.
+inline void fetch_panel(const float* panel, int64_t floats, int64_t part, int64_t parts) {
+  const int64_t share = round_up(ceil_div(floats, parts), kLine);
+  for (int64_t at = part * share; at < std::min(floats, (part + 1) * share); at += kLine)
+    __builtin_prefetch(panel + at, 0, 2);
+}
+
 // A whole tile of y at (m, n): added to what is there unless it is the first, and with the last finished. What the op
 // asks for is asked once.
 inline void take_whole(const Product& op, Tile& tile, int64_t m, int64_t n, bool first, bool last) {
@@ -228,9 +235,12 @@ void block(const Product& op, const float* panels, int64_t m0, int64_t rows, int
     copy_block<strips>(a, op, m0, rows, k0, many);
     for (int64_t n = n0; n < n0 + columns; n += kTileColumns)
       for (int64_t m = 0; m < rows; m += kTileRows) {
+        const float* panel = panels + n * op.K + k0 * kTileColumns;
         if (last) fetch_for_take(op, m0 + m, n);
+        if (n + kTileColumns < n0 + columns)
+          fetch_panel(panel + kTileColumns * op.K, many * kTileColumns, m / kTileRows, ceil_div(rows, kTileRows));
         Tile tile;
-        multiply<strips>(tile, a + m * kDepth, panels + n * op.K + k0 * kTileColumns, many);
+        multiply<strips>(tile, a + m * kDepth, panel, many);
         const int64_t height = std::min(int64_t(kTileRows), rows - m), width = std::min(kTileColumns, op.N - n);
         if (height == kTileRows && width == kTileColumns) take_whole(op, tile, m0 + m, n, first, last);
         else take_part(op, tile, m0 + m, n, height, width, first, last);
