@@ -55,8 +55,8 @@ CPU = {
     "blocks' residual lost": ("gpt2_blocks", "down.residual = op.s;", "down.residual = op.x;"),
     "blocks' slope forgotten": ("gpt2_blocks", "down.factor = op.slope;", ""),
     "another block's input": ("gpt2_blocks", "if (l) one.x = op.between + (l - 1) * N * C;", ""),
-    "another norm's statistics": ("gpt2_blocks", "parts.ln_2,\n                      op.statistics + 2 * N,",
-                                  "parts.ln_2,\n                      op.statistics,"),
+    "another norm's statistics": ("gpt2_blocks", "op.s, parts.ln_2, op.statistics + 2 * N,",
+                                  "op.s, parts.ln_2, op.statistics,"),
     "a norm's last rows lost": ("gpt2_blocks", "i < blocks; i++)\n    for (int64_t c = 0", "i + 1 < blocks; i++)\n"
                                 "    for (int64_t c = 0"),
     "a bias's sums of another": ("gpt2_blocks", "d_qkv + 3 * C * C, d_proj + C * C}",
