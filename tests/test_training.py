@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 import fastlm
 from fastlm.training import checkpoint
 from fastlm.training import optimizer as optimizer_module
+from fastlm.training import trainer as trainer_module
 from fastlm.training.bigram import bigram_loss
 from fastlm.training.config import PRESETS, TrainConfig, read_settings
 from fastlm.training.curve import draw, read_metrics, save_png
@@ -173,6 +174,13 @@ def test_a_step_without_a_finite_gradient_changes_nothing(text, tmp_path):
     hook.remove()
     assert all(torch.equal(before[name], after) for name, after in weights(trainer).items())
     assert math.isfinite(trainer.train_step()[0])
+
+
+@pytest.mark.parametrize("dtype, fast, told", [("bf16", False, True), ("bf16", True, False), ("fp32", False, False)])
+def test_slow_bf16_is_told(text, tmp_path, monkeypatch, dtype, fast, told):
+    monkeypatch.setattr(trainer_module, "_multiplies_bf16", lambda: fast)
+    trainer = Trainer(config(text, tmp_path / "run", dtype=dtype, device="cpu"), report=Notes())
+    assert [note for note in trainer.report.said if "--dtype fp32" in note] == trainer.report.said[: int(told)]
 
 
 def test_a_run(text, tmp_path):
