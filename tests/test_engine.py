@@ -286,6 +286,40 @@ def test_prompts(model, dtype, monkeypatch):
             assert error < (1e-5 if dtype == torch.float32 else 0.05) and torch.equal(cache.lengths, counts)
 
 
+@pytest.mark.parametrize("kind", ["fp32", "bf16", "int8", "int4"])
+def test_prompts_of_several_blocks_of_rows(kind, monkeypatch):
+    """Wide rows, of which fewer than a prompt's go through the panels at a time, as in calls that have so few."""
+    torch.manual_seed(3)
+    model = fastlm.GPT2(fastlm.GPT2Config(vocab_size=97, n_positions=64, n_embd=192, n_layer=1, n_head=3, n_inner=3072,
+                                          bos_token_id=None, eos_token_id=None)).eval()
+    model = quantise_(model, kind) if kind.startswith("int") else model.bfloat16() if kind == "bf16" else model
+    tokens, found = torch.randint(97, (2, 50), generator=torch.Generator().manual_seed(1)), []
+    for rows in (engine.ROWS, 8):
+        monkeypatch.setattr(engine, "ROWS", rows)
+        cache = KVCache(model.config, 2, 50, device="cpu", dtype=torch.float32)
+        found.append(engine.Engine(model, cache)(tokens, torch.tensor([50, 47], dtype=torch.int32)).clone())
+    whole, cut = found
+    assert float((whole - cut).norm() / cut.norm()) < (1e-5 if kind == "fp32" else 0.01)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+@pytest.mark.parametrize("T", [1, 20])
+def test_the_largest_sums(kind, T, sign):
+    """Weights and activations that are all as large as their numbers can be: no sum may overflow on its way."""
+    model = make("even")
+    with torch.no_grad():
+        for block in model.transformer.h:
+            block.ln_1.weight.zero_(), block.ln_1.bias.fill_(1)
+            block.attn.c_attn.weight.fill_(0.7 * sign), block.attn.c_attn.bias.zero_()
+    model = quantise_(model, kind)
+    tokens = torch.randint(16, (2, T), generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        got = engine.Engine(model, KVCache(model.config, 2, T, device="cpu", dtype=model.dtype)).every(tokens)
+        wanted = model(tokens)[0]
+    assert float((got - wanted).norm() / wanted.norm()) < 0.05
+
+
 def test_every_logit(model):
     tokens = torch.randint(16, (2, 23), generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():

@@ -72,6 +72,7 @@ CPU = {
     "columns of a that are no whole strip": ("matmul", "if (m < rows) std::memcpy(", "if (m + 1 < rows) std::memcpy("),
     "engine's epsilon": ("acts", "variance / float(C) + epsilon", "variance / float(C) + 1e-2f"),
     "engine without gelu": ("gpt2_step", "then == Then::gelu ? gelu(y) : y", "y"),
+    "a prompt's first rows alone": ("gpt2_step", "m < M; m += block)", "m < M; m += M)"),
     "engine's residual lost": ("gpt2_step", "then == Then::add ? load(to) + y", "then == Then::add ? y"),
     "engine sees too far": ("gpt2_step", "length = rows_[m].position + 1", "length = rows_[m].position + 2"),
     "engine's positions": ("gpt2_step", "rows_[m].position * C_", "(rows_[m].position + 1) * C_"),
