@@ -22,6 +22,7 @@ LOOP = sys.modules["fastlm.generation.generate"]  # the package has a function o
 SIZES = {  # vocabulary, C, H, L, inner: no multiples of what the kernels work in, and whole ones
     "odd": (97, 18, 3, 2, 50), "even": (257, 64, 2, 3, None), "one panel": (16, 16, 1, 1, 16),
 }
+WIDE = {"wide": (97, 192, 3, 1, 3072)}
 PROMPTS = [torch.arange(n) % 16 for n in (1, 7, 3, 20, 5)]
 
 
@@ -31,7 +32,7 @@ def model(request):
 
 
 def make(name):
-    V, C, H, L, inner = SIZES[name]
+    V, C, H, L, inner = (SIZES | WIDE)[name]
     torch.manual_seed(3)
     model = fastlm.GPT2(fastlm.GPT2Config(vocab_size=V, n_positions=64, n_embd=C, n_layer=L, n_head=H, n_inner=inner,
                                           bos_token_id=None, eos_token_id=None)).eval()
@@ -286,20 +287,16 @@ def test_prompts(model, dtype, monkeypatch):
             assert error < (1e-5 if dtype == torch.float32 else 0.05) and torch.equal(cache.lengths, counts)
 
 
-@pytest.mark.parametrize("kind", ["fp32", "bf16", "int8", "int4"])
-def test_prompts_of_several_blocks_of_rows(kind, monkeypatch):
-    """Wide rows, of which fewer than a prompt's go through the panels at a time, as in calls that have so few."""
-    torch.manual_seed(3)
-    model = fastlm.GPT2(fastlm.GPT2Config(vocab_size=97, n_positions=64, n_embd=192, n_layer=1, n_head=3, n_inner=3072,
-                                          bos_token_id=None, eos_token_id=None)).eval()
+@pytest.mark.parametrize("kind, allowed", [("fp32", 1e-5), ("bf16", 0.05), ("int8", 0.1), ("int4", 0.1)])
+def test_prompts_of_several_blocks_of_rows(kind, allowed):
+    """Wide rows, of which fewer than the prompts' go through the panels at a time."""
+    model = make("wide")
     model = quantise_(model, kind) if kind.startswith("int") else model.bfloat16() if kind == "bf16" else model
-    tokens, found = torch.randint(97, (2, 50), generator=torch.Generator().manual_seed(1)), []
-    for rows in (engine.ROWS, 8):
-        monkeypatch.setattr(engine, "ROWS", rows)
-        cache = KVCache(model.config, 2, 50, device="cpu", dtype=torch.float32)
-        found.append(engine.Engine(model, cache)(tokens, torch.tensor([50, 47], dtype=torch.int32)).clone())
-    whole, cut = found
-    assert float((whole - cut).norm() / cut.norm()) < (1e-5 if kind == "fp32" else 0.01)
+    tokens = torch.randint(16, (2, 50), generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        got = engine.Engine(model, KVCache(model.config, 2, 50, device="cpu", dtype=model.dtype)).every(tokens)
+        wanted = model(tokens)[0]
+    assert float((got - wanted).norm() / wanted.norm()) < allowed
 
 
 @pytest.mark.parametrize("sign", [1, -1])
