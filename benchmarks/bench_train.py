@@ -12,6 +12,7 @@ from fastlm.measure.clock import race
 from fastlm.numerics import DTYPES
 from fastlm.training.config import TrainConfig
 from fastlm.training.optimizer import AdamW
+from fastlm.training.trainer import autocast
 
 from .apart import Process
 from .harness import absent_rows, figures, peak_bytes, refusal, row_of
@@ -117,12 +118,16 @@ def _contender(name, shape, device):
 def _loss(name, shape, dtype, device):
     """The loss of a contender before the first step; compiled is not compiled here."""
     _, loss_of = _contender(name.removesuffix(", compiled"), shape, device)
-    with _autocast(dtype, device):
+    with (_our_autocast if name == "fastlm" else _autocast)(dtype, device):
         return float(loss_of())
 
 
 def _autocast(dtype, device):
     return torch.autocast(torch.device(device).type, dtype=DTYPES[dtype], enabled=dtype != "fp32")
+
+
+def _our_autocast(dtype, device):
+    return autocast(dtype, torch.device(device).type)
 
 
 def _our_step(model, loss_of, dtype, device):
@@ -133,7 +138,7 @@ def _our_step(model, loss_of, dtype, device):
     optimizer = AdamW(model, TrainConfig(data="", out="", grad_clip=1.0))
 
     def step():
-        with _autocast(dtype, device):
+        with _our_autocast(dtype, device):
             loss = loss_of()
         loss.backward()
         optimizer.step(*optimizer.gradients(), learning_rate=1e-6)

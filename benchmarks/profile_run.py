@@ -26,6 +26,7 @@ from fastlm.numerics import DTYPES
 from fastlm.ops import linear_xent
 from fastlm.training.config import TrainConfig
 from fastlm.training.optimizer import AdamW
+from fastlm.training.trainer import autocast
 
 from . import harness
 from .profile_trace import load
@@ -223,8 +224,9 @@ def _training(model, plan, ranges):
     tokens, targets = ids[:, :-1].contiguous(), ids[:, 1:].reshape(-1)
 
     def step():
-        with torch.autocast(plan.device, dtype=DTYPES[plan.dtype], enabled=plan.dtype != "fp32"):
-            hidden = model.hidden(tokens, sparse=plan.device == "cpu")  # as model.loss does it
+        with autocast(plan.dtype, plan.device):
+            sparse = plan.device == "cpu" and tokens.numel() < model.config.vocab_size  # as model.loss does it
+            hidden = model.hidden(tokens, sparse=sparse)
             with ranges("loss"):
                 loss = linear_xent(hidden.view(-1, hidden.shape[-1]), model.lm_head.weight, targets)
         with ranges("backward"):

@@ -177,10 +177,12 @@ def test_a_step_without_a_finite_gradient_changes_nothing(text, tmp_path):
 
 
 @pytest.mark.parametrize("dtype, fast, told", [("bf16", False, True), ("bf16", True, False), ("fp32", False, False)])
-def test_slow_bf16_is_told(text, tmp_path, monkeypatch, dtype, fast, told):
+def test_bf16_where_the_cpu_has_none(text, tmp_path, monkeypatch, dtype, fast, told):
     monkeypatch.setattr(trainer_module, "_multiplies_bf16", lambda: fast)
     trainer = Trainer(config(text, tmp_path / "run", dtype=dtype, device="cpu"), report=Notes())
-    assert [note for note in trainer.report.said if "--dtype fp32" in note] == trainer.report.said[: int(told)]
+    assert [note for note in trainer.report.said if "made in fp32" in note] == trainer.report.said[: int(told)]
+    with trainer._autocast():
+        assert torch.is_autocast_enabled("cpu") == (dtype == "bf16" and fast)
 
 
 def test_a_run(text, tmp_path):
