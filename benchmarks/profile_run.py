@@ -225,8 +225,7 @@ def _training(model, plan, ranges):
 
     def step():
         with autocast(plan.dtype, plan.device):
-            sparse = plan.device == "cpu" and tokens.numel() < model.config.vocab_size  # as model.loss does it
-            hidden = model.hidden(tokens, sparse=sparse)
+            hidden = model.hidden(tokens, sparse=model.adds_few_rows(tokens))  # as model.loss does it
             with ranges("loss"):
                 loss = linear_xent(hidden.view(-1, hidden.shape[-1]), model.lm_head.weight, targets)
         with ranges("backward"):

@@ -206,11 +206,16 @@ class GPT2(nn.Module):
     def loss(self, tokens, targets, *, seed=None):
         """The loss of `model(tokens, targets)` without its logits, which never exist as a whole: what to train with."""
         self._check_targets(tokens, targets)
-        # The head's gradient for wte is there first, dense; the rows that the embedding adds may be few beside it.
-        few = self.lm_head.weight is self.transformer.wte.weight and tokens.numel() < self.config.vocab_size
-        sparse = few and tokens.device.type == "cpu" and not torch.compiler.is_compiling()
-        hidden = self.hidden(tokens, seed=seed, sparse=sparse)
+        hidden = self.hidden(tokens, seed=seed, sparse=self.adds_few_rows(tokens))
         return linear_xent(hidden.view(-1, hidden.shape[-1]), self.lm_head.weight, targets.reshape(-1))
+
+    def adds_few_rows(self, tokens):
+        """Whether the embedding of tokens (B, T) adds few rows to wte's gradient, to which the head's is there first,
+        dense: then a sparse tensor of them is the cheaper one.
+        """
+        tied = self.lm_head.weight is self.transformer.wte.weight
+        few = tokens.device.type == "cpu" and tokens.numel() < self.config.vocab_size
+        return tied and few and not torch.compiler.is_compiling()
 
     def _check_targets(self, tokens, targets):
         if targets.shape != tokens.shape:

@@ -32,7 +32,7 @@ CPU = {
     "page of another sequence": ("decode_attention", "op.block_table[b * op.stride_tb + s / op.page]",
                                  "op.block_table[s / op.page]"),
     "run not rescaled": ("running", "load(o + d + i * kLanes) * shrink", "load(o + d + i * kLanes)"),
-    "int4 without its offset": ("panel", "Ints{} - 8 * x_sum", "Ints{}"),
+    "int4 without its offset": ("panel", "exact[m][p] - 8 * x_sum", "exact[m][p]"),
     "end of the row lost": ("softmax_xent", "for (; v < V; v += kLanes) {\n    const Floats values = v + kLanes <= V ? "
                             "load(x + v) : load_tail(x + v, V - v, -kInfinity);\n    s[0]",
                             "for (; v + kLanes <= V; v += kLanes) {\n    const Floats values = load(x + v);\n    s[0]"),

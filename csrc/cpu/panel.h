@@ -174,11 +174,7 @@ inline void product_of_panels(typename W::Sum (&sums)[rows][panels * kParts], co
 #pragma GCC unroll 16
       for (int m = 0; m < rows; m++)
 #pragma GCC unroll 16
-        for (int p = 0; p < panels * kParts; p++) {
-          int32_t x_sum;
-          std::memcpy(&x_sum, reinterpret_cast<const char*>(x_sums + g) + m * ldx, 4);
-          exact[m][p] = Ints{} - 8 * x_sum;
-        }
+        for (int p = 0; p < panels * kParts; p++) exact[m][p] = Ints{};
       at += 4 * kPanel;
       for (int first = 0; first < 8; first += W::kSteps) {
         typename W::Part parts[rows][panels * kParts];
@@ -207,10 +203,13 @@ inline void product_of_panels(typename W::Sum (&sums)[rows][panels * kParts], co
           for (int p = 0; p < panels * kParts; p++) exact[m][p] += W::whole(parts[m][p]);
       }
 #pragma GCC unroll 16
-      for (int m = 0; m < rows; m++)
+      for (int m = 0; m < rows; m++) {
+        int32_t x_sum;
+        std::memcpy(&x_sum, reinterpret_cast<const char*>(x_sums + g) + m * ldx, 4);
 #pragma GCC unroll 16
         for (int p = 0; p < panels * kParts; p++)
-          sums[m][p] += __builtin_convertvector(exact[m][p], Floats) * scales[p];
+          sums[m][p] += __builtin_convertvector(exact[m][p] - 8 * x_sum, Floats) * scales[p];
+      }
     }
   } else {
     const auto steps = [&](int64_t from, int64_t to, int64_t ahead) {

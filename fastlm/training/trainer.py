@@ -47,7 +47,7 @@ class Trainer:
         if taken and resumed is None and not into:
             raise ValueError(f"{self.out}: exists; go on with --resume, or pass another --out")
         self.device = _device(config.device)
-        if config.dtype == "bf16" and self.device.type == "cpu" and not _multiplies_bf16():
+        if _lacks(config.dtype, self.device.type):
             self.report.say("this CPU has no bf16 products: they are made in fp32, which is far faster on it")
         data = self._prepared()
         self.tokenizer = Tokenizer.load(data)
@@ -320,9 +320,13 @@ def autocast(dtype, device_type):
 
     A CPU without bf16 products, on which PyTorch's take a hundred times as long as those in fp32, makes them in fp32.
     """
-    if dtype == "fp32" or (dtype, device_type) == ("bf16", "cpu") and not _multiplies_bf16():
+    if dtype == "fp32" or _lacks(dtype, device_type):
         return contextlib.nullcontext()
     return torch.autocast(device_type, dtype=DTYPES[dtype])
+
+
+def _lacks(dtype, device_type):
+    return (dtype, device_type) == ("bf16", "cpu") and not _multiplies_bf16()
 
 
 def _multiplies_bf16():
