@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import fastlm
+from fastlm import dispatch
 from fastlm.measure.roofs import Roofs
 
 from . import harness
@@ -35,13 +36,20 @@ work()
 class Process:
     """Another process, in which `function` of a module of benchmarks makes a handler of `arguments`, all of them JSON.
 
-    ask(**message) returns what the handler answers. Raises ValueError for what the handler or its maker refuses,
-    RuntimeError where the process ended. A context manager, so that it ends.
+    ask(**message) returns what the handler answers. Of what the handler or its maker raises, ValueError (bad input) and
+    dispatch.Refused are raised here too, and RuntimeError with the first line of all else; RuntimeError where the
+    process ended, of which `ended` then tells. A context manager, so that it ends.
     """
 
     def __init__(self, module, function, **arguments):
+        self.name, self._wanted = f"{module}.{function}", (module, function, arguments)
+        self.start()
+
+    def start(self):
+        """Starts the process, or another one in its place."""
         script = WORK if _editable() else PIN.format(package=str(Path(fastlm.__file__).parent.parent)) + WORK
-        self.name = f"{module}.{function}"
+        module, function, arguments = self._wanted
+        self.ended = False
         self.process = subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                                         text=True)
         self._send(module=module, function=function, arguments=arguments)
@@ -51,10 +59,18 @@ class Process:
             self._send(**message)
             found = json.loads(self.process.stdout.readline())
         except (BrokenPipeError, json.JSONDecodeError):
+            self.ended = True
             raise RuntimeError(f"the process of {self.name} ended: {_end(self.process.wait())}") from None
-        if "refused" in found:
-            raise ValueError(found["refused"])
+        for kind, raised in RAISED.items():
+            if kind in found:
+                raise raised(found[kind])
         return found["answer"]
+
+    def end(self):
+        """Ends the process."""
+        self.ended = True
+        self.process.kill()
+        self.process.communicate()
 
     def _send(self, **message):
         self.process.stdin.write(json.dumps(message) + "\n")
@@ -64,21 +80,29 @@ class Process:
         return self
 
     def __exit__(self, *_):
-        self.process.kill()
-        self.process.communicate()
+        self.end()
+
+
+RAISED = {"refused": dispatch.Refused, "invalid": ValueError, "failed": RuntimeError}  # by the key of an answer
 
 
 class Apart(Process):
-    """A process that measures cases of the suite (ops, device, shape, dtypes)."""
+    """A process that measures cases of the suite (ops, device, shape, dtypes); a new one after a case that ended it."""
 
     def __init__(self, ops, device, shape, dtypes):
+        self.device = str(device)
         super().__init__("apart", "cases", ops=list(ops or ()), device=str(device), shape=shape,
                          dtypes=list(dtypes or ()))
 
     def measure(self, case, roofs, *, seconds, cold):
-        """The rows of a case, as `harness.measure` returns them."""
+        """The rows of a case, as `harness.measure` returns them; RuntimeError where the process ended in it."""
         self.name = case.name
-        return self.ask(case=case.name, roofs=vars(roofs), seconds=seconds, cold=cold)
+        if self.ended:
+            self.start()
+        rows = self.ask(case=case.name, roofs=vars(roofs), seconds=seconds, cold=cold)
+        if "cuda" in self.device and any("failed" in row for row in rows):
+            self.end()  # a process whose kernel failed may have lost its GPU
+        return rows
 
 
 def cases(ops, device, shape, dtypes):
@@ -94,18 +118,28 @@ def cases(ops, device, shape, dtypes):
 def work():
     """The other side: reads what to make, then a message a line, and answers each."""
     answers, sys.stdout = sys.stdout, sys.stderr  # what a library prints is no answer
-    wanted, refused, handler = json.loads(sys.stdin.readline()), None, None
-    try:
-        handler = getattr(importlib.import_module(f".{wanted['module']}", __package__), wanted["function"])(
-            **wanted["arguments"])
-    except (ValueError, RuntimeError, NotImplementedError, TypeError) as error:
-        refused = error
+    wanted = json.loads(sys.stdin.readline())
+
+    def make():
+        module = importlib.import_module(f".{wanted['module']}", __package__)
+        return getattr(module, wanted["function"])(**wanted["arguments"])
+
+    made = _answer(make)
     for line in sys.stdin:
-        try:
-            found = {"answer": handler(**json.loads(line))} if refused is None else {"refused": str(refused)}
-        except (ValueError, RuntimeError) as error:
-            found = {"refused": str(error)}
+        found = _answer(made["answer"], **json.loads(line)) if "answer" in made else made
         print(json.dumps(found), file=answers, flush=True)
+
+
+def _answer(function, **arguments):
+    """{"answer": what it returns}, or what it raised."""
+    try:
+        return {"answer": function(**arguments)}
+    except dispatch.Refused as error:
+        return {"refused": str(error)}
+    except ValueError as error:
+        return {"invalid": str(error)}
+    except Exception as error:
+        return {"failed": dispatch.failure(error)}
 
 
 def _editable():

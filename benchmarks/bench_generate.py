@@ -23,7 +23,7 @@ from fastlm.measure.clock import Times, race
 from fastlm.numerics import DTYPES, norm_ratio
 from fastlm.quantised import quantise_
 
-from .harness import absent_rows, figures, refusal, row_of
+from .harness import absent_rows, figures, row_of, told
 from .peers import peers
 from .programs import MODEL, Program, absent, pair, weights
 
@@ -60,58 +60,72 @@ class Generate(Program):
         if quantised:
             quantise_(ours, self.dtype)
         tokens = torch.randint(V, (B, T), generator=torch.Generator().manual_seed(1)).to(device)
-        if quantised:
-            error = _quantised_error(ours.eval(), tokens[:1])
-        else:
-            error = self._error(ours, theirs, tokens[:1], dtype)
+        error, fault = None, {}
+        try:
+            if quantised:
+                error = _quantised_error(ours.eval(), tokens[:1])
+            else:
+                error = self._error(ours, theirs, tokens[:1], dtype)
+        except Exception as raised:
+            fault = told(raised, ours=True)
         ours = ours.to(dtype).eval()
         with tempfile.TemporaryDirectory() as folder:
             makers, missing = self._peers(theirs, tokens, device, Path(folder))
             makers = {"fastlm": lambda: lambda n: ours.generate(tokens, max_new_tokens=n, temperature=0, stop_at=None),
                       **makers}
-            rows, racing = [], {}
+            rows, racing, failed = [], {}, {}
             for name, make in makers.items():
                 parts = [row_of(self, part, name, ours=name == "fastlm", cold=cold) for part in ("prefill", "decode")]
                 rows += parts
                 if name == "fastlm":
-                    wrong = error is not None and not error <= 1
+                    if error is not None and not error <= 1:
+                        fault = {"wrong": True}
                     for part in parts:
-                        part |= {"error": error, "wrong": True} if wrong else {"error": error}
-                    if wrong:
+                        part |= {"error": error} | fault
+                    if fault:
                         continue
                 try:
                     write = make()
                     got = write(N)
-                except (RuntimeError, NotImplementedError, ValueError, ImportError) as failed:
+                    if len(got[0]) != T + N:
+                        raise AssertionError(f"{name} wrote {len(got[0]) - T} tokens, wanted {N}")
+                except Exception as raised:
                     for part in parts:
-                        part["refused"] = refusal(failed)
+                        part |= told(raised, ours=part["ours"])
                     continue
-                if len(got[0]) != T + N:
-                    raise AssertionError(f"{name} wrote {len(got[0]) - T} tokens, wanted {N}")
                 racing |= {(name, n): [lambda write=write, n=n: write(n)] for n in (1, N)}
             weight_bytes = self._weight_bytes()
             cached = torch.bfloat16 if quantised and device == "cpu" else dtype  # the keys and values
             step_bytes = weight_bytes + B * L * 2 * C * (T + N / 2) * cached.itemsize
             words = torch.ones(int(step_bytes) // 4, device=device)
             rows.append(row_of(self, "decode", READ, ours=False, cold=cold))
-            times = race(racing | {(READ, N): [words.amax]}, device=device, seconds=seconds, rounds=(3, 30))
+            times = race(racing | {(READ, N): [words.amax]}, device=device, seconds=seconds, rounds=(3, 30),
+                         failed=failed)
+        failed = {name: raised for (name, _), raised in failed.items()}
         roof, each = "bf16" if quantised else self.dtype, 1 if quantised else 2
         pairs = {"prefill": B * (T * (weights(self.shape) - V * C) + V * C + L * C * T * T),
                  "decode": B * weights(self.shape)}
         floors = {part: roofs.floor(bytes=weight_bytes if part == "prefill" else step_bytes, dtype=roof, traffic="read",
                                     flops=each * count) for part, count in pairs.items()}
         for row in rows:
+            if row["contender"] in failed:
+                row |= told(failed[row["contender"]], ours=row["ours"])
+                continue
             if (row["contender"], N) not in times:
                 continue
             prefills, taken = row["part"] == "prefill", times[row["contender"], N]
             if row["contender"] != READ:
                 first, whole = (times[row["contender"], n].samples for n in (1, N))
                 taken = Times(first if prefills else tuple((b - a) / (N - 1) for a, b in zip(first, whole)))
+            if row["ours"] and not prefills:
+                try:
+                    row["latency_us"] = _latencies(ours, tokens, N)
+                except Exception as raised:
+                    row |= told(raised, ours=True)
+                    continue
             row |= figures(taken, floors[row["part"]]) | {
                 "tokens_per_s": B * (T if prefills else 1) / taken.median, "chosen": row["ours"],
             }
-            if row["ours"] and not prefills:
-                row["latency_us"] = _latencies(ours, tokens, N)
         rows += absent_rows(self, "decode", missing, cold=cold)
         return sorted(rows, key=lambda row: row["part"] != "prefill")
 
@@ -143,9 +157,14 @@ class Generate(Program):
         if theirs is None:
             return None
         try:
-            got, composed = ours.to(dtype).eval()(tokens)[0], theirs.to(dtype).eval()(tokens).logits
-            # fp64 of the weights as rounded to the dtype: both compute with these
-            return norm_ratio(got, composed, theirs.double()(tokens).logits)
+            got = ours.to(dtype).eval()(tokens)[0]
+            try:
+                composed = theirs.to(dtype).eval()(tokens).logits
+                # fp64 of the weights as rounded to the dtype: both compute with these
+                truth = theirs.double()(tokens).logits
+            except Exception:  # its own rows tell why
+                return None
+            return norm_ratio(got, composed, truth)
         finally:
             ours.float(), theirs.float()
 

@@ -15,7 +15,7 @@ from fastlm.training.optimizer import AdamW
 from fastlm.training.trainer import autocast
 
 from .apart import Process
-from .harness import absent_rows, figures, peak_bytes, refusal, row_of
+from .harness import absent_rows, figures, peak_bytes, row_of, told
 from .programs import MODEL, Program, absent, pair, plain_loss, weights
 
 BABY = {"L": 4, "H": 4, "C": 128, "V": 65}  # nanoGPT's CPU model
@@ -42,8 +42,7 @@ class Train(Program):
 
     def run(self, device, roofs, *, seconds=1.0, cold=True):
         B, T, L, _, C, V = self.shape.values()
-        truth = _loss("transformers", self.shape, "fp32", device) if "transformers" not in absent() else None
-        rows, racing = [], {}
+        truth, rows, racing, failed = self._truth(device), [], {}, {}
         with contextlib.ExitStack() as stack:
             for name in CONTENDERS:
                 if name.split(",")[0] in absent():
@@ -60,19 +59,28 @@ class Train(Program):
                         continue
                     step = self._stepping(stack, name, device)
                     row["peak_mib"] = None if (peak := step(peak=True)) is None else round(peak / 2**20)
-                except (RuntimeError, NotImplementedError, TypeError, ValueError) as failed:
-                    row["refused"] = refusal(failed)
+                except Exception as error:
+                    row |= told(error, ours=row["ours"])
                     continue
                 racing[name] = [step]
-            times = race(racing, device=device, seconds=seconds, rounds=(3, 30))
+            times = race(racing, device=device, seconds=seconds, rounds=(3, 30), failed=failed)
         flops = 6 * B * T * (weights(self.shape) + L * C * T)
         for row in rows:
+            if row["contender"] in failed:
+                row |= told(failed[row["contender"]], ours=row["ours"])
             if (taken := times.get(row["contender"])) is not None:
                 row |= figures(taken, flops / roofs.products[self.dtype]) | {
                     "tokens_per_s": B * T / taken.median, "tflop_per_s": flops / taken.median * 1e-12,
                     "chosen": row["ours"],
                 }
         return rows + absent_rows(self, "step", absent(), cold=cold)
+
+    def _truth(self, device):
+        """The loss that transformers computes in fp32; None where it does not."""
+        try:
+            return None if "transformers" in absent() else _loss("transformers", self.shape, "fp32", device)
+        except Exception:  # its own row tells why
+            return None
 
     def _stepping(self, stack, name, device):
         arguments = {"name": name, "shape": self.shape, "dtype": self.dtype, "device": str(device)}

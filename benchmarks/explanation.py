@@ -22,7 +22,8 @@ def explanation(cases):
         configurations = _configurations(row, args) if chosen == "triton" else []
         launch = f", launched with {', '.join(map(str, configurations))}" if configurations else ""
         yield f"[bold cyan]{name}[/] runs on [bold green]{chosen}[/]{launch}"
-        for backend in row.kernels:
+        forced = dispatch.forced(row.family)  # where it lacks this part of the op, another runs it
+        for backend in dict.fromkeys((*([forced] if forced else ()), *row.kernels)):
             if backend != chosen:
                 told = dispatch.why_not(name, backend, *args) or _behind(row, chosen, backend, args)
                 yield f"  not {backend}: " + told.replace("[", "\\[")

@@ -5,6 +5,9 @@ are run, and become rows:
 
     of_roof   the seconds that the bytes or the FLOPs need at this machine's roof, over the median
     error     largest (or mean) error against fp64, over what the numerics policy allows
+
+A row without figures says why: it was `refused` (by dispatch; a peer may refuse with whatever it raises), it `failed`
+(a kernel of ours raised), or it is `wrong`. The last two are faults: the other rows are measured still.
 """
 
 import ctypes
@@ -129,7 +132,7 @@ def _takes(op, device, shape, dtypes):
 def fastest(rows):
     """A row for every op and dtype: its backends in the order of their times, a geometric mean over the cases.
 
-    A backend that refused a case, or was wrong, is left out.
+    A backend that refused a case, failed or was wrong is left out.
     """
     found = []
     for op, dtype in dict.fromkeys((row["op"], row["dtype"]) for row in rows):
@@ -162,54 +165,118 @@ def _forcing(case, backend):
 
 
 def measure(case, device, roofs, *, seconds=1.0, cold=True):
-    """Rows (dicts) of a case: a row of each contender, with its figures, or with `refused`: a sentence.
+    """Rows (dicts) of a case: a row of each contender, with its figures, or with the sentence why there are none.
 
-    cold: operands go in a circle longer than the cache. Raises ValueError where the case does not fit into memory,
-    before anything is allocated.
+    cold: operands go in a circle longer than the cache. A row of ours of which other backends ran a part has `ran`,
+    torch op → backend. Raises ValueError where the case does not fit into memory, before anything is allocated.
     """
     plan(case, device)
-    torch.manual_seed(0)
-    operands = (case.check or case.operands)()
-    truth, composed = _reference(case, [_double(x) for x in operands]), _reference(case, _copies(operands))
-    rows, racing = [], {}
+    try:
+        torch.manual_seed(0)
+        operands = (case.check or case.operands)()
+        truth, composed = _reference(case, [_double(x) for x in operands]), _reference(case, _copies(operands))
+    except Exception as error:
+        return [failed_row(case, error, cold=cold)]
+    rows, racing = {}, {}
     for name, function in contenders(case, device).items():
-        row = row_of(case, case.part, name, ours=hasattr(function, "backend"), cold=cold)
-        rows.append(row)
+        row = rows[name] = row_of(case, case.part, name, ours=hasattr(function, "backend"), cold=cold)
         try:
-            with _use(case, function):
+            with _use(case, function), dispatch.record() as ran:
                 row["error"] = max(_ratio(got, composed[what], truth[what], what[0] == "d")
                                    for what, got in function(*_copies(operands)).items())
-        except (RuntimeError, NotImplementedError) as error:
-            row["refused"] = refusal(error)
+        except Exception as error:
+            row |= told(error, ours=row["ours"])
             continue
+        if row["ours"] and any(backend != function.backend for _, backend in ran):
+            row["ran"] = dict(ran.keys())
         if not row["error"] <= 1 and row["ours"]:
             row["wrong"] = True  # a wrong kernel has no speed
             continue
         racing[name] = function
     del operands, truth, composed
-    sets = [case.operands()]
-    if cold:
-        size = sum(x.nbytes for x in sets[0] if isinstance(x, torch.Tensor))
-        sets += [case.operands() for _ in range(min(sets_beyond_cache(size, device), 64) - 1)]
-    chosen = _chosen(case, sets[0])
+    try:
+        sets = [case.operands()]
+        if cold:
+            size = sum(x.nbytes for x in sets[0] if isinstance(x, torch.Tensor))
+            sets += [case.operands() for _ in range(min(sets_beyond_cache(size, device), 64) - 1)]
+    except Exception as error:
+        return [*rows.values(), failed_row(case, error, cold=cold)]
+    chosen, failed = None, {}
+    try:
+        chosen = _chosen(case, sets[0])
+    except Exception as error:
+        rows["fastlm"] = failed_row(case, error, cold=cold)
     calls = {name: [functools.partial(function, *operands) for operands in sets] for name, function in racing.items()}
     if case.peak:
-        for row in rows:
-            if (some := calls.get(row["contender"])) is not None:
-                with _use(case, racing[row["contender"]]):
+        for name, some in list(calls.items()):
+            try:
+                with _use(case, racing[name]):
                     some[0]()  # what is compiled or made once takes memory only now
                     peak = peak_bytes(some[0], device)
-                row["peak_mib"] = None if peak is None else round(peak / 2**20)
+            except Exception as error:
+                failed[name] = error
+                del calls[name]
+                continue
+            rows[name]["peak_mib"] = None if peak is None else round(peak / 2**20)
     with dispatch.use(**{case.op: None}):  # undone at the end
-        times = race(calls, device=device, seconds=seconds, before=lambda name: _use(case, racing[name]))
+        times = race(calls, device=device, seconds=seconds, before=lambda name: _use(case, racing[name]), failed=failed)
+    for name, error in failed.items():
+        rows[name] |= told(error, ours=rows[name]["ours"])
     floor = roofs.floor(bytes=case.bytes, flops=case.flops, dtype=case.dtype, traffic=case.traffic)
+    for name, taken in times.items():
+        rows[name] |= figures(taken, floor) | {
+            "gb_per_s": case.bytes / taken.median * 1e-9, "tflop_per_s": case.flops / taken.median * 1e-12,
+            "chosen": name == f"fastlm {chosen}",
+        }
+    return [*rows.values(), *absent_rows(case, case.part, case.absent, cold=cold)]
+
+
+def told(error, *, ours):
+    """What a row says of an exception: a peer refuses with any, ours with what dispatch raised."""
+    if not ours or isinstance(error, dispatch.Refused):
+        return {"refused": refusal(error)}
+    return {"failed": dispatch.failure(error)}
+
+
+def failed_row(case, error, *, cold):
+    """The row of a case, or of dispatch's choice in it, that raised outside of a contender."""
+    return row_of(case, getattr(case, "part", "all"), "fastlm", ours=True, cold=cold) | told(error, ours=True)
+
+
+def attempt(measure, case, *args, cold=True, **options):
+    """The rows that measure(case, ...) returns, or that it failed. ValueError is the caller's: bad input."""
+    try:
+        return measure(case, *args, cold=cold, **options)
+    except ValueError:
+        raise
+    except Exception as error:
+        return [failed_row(case, error, cold=cold)]
+
+
+def faults(rows):
+    """A sentence for every row of ours that failed or is wrong, and every case in which nothing of ours was timed."""
+    found, cases = [], {}
     for row in rows:
-        if (taken := times.get(row["contender"])) is not None:
-            row |= figures(taken, floor) | {
-                "gb_per_s": case.bytes / taken.median * 1e-9, "tflop_per_s": case.flops / taken.median * 1e-12,
-                "chosen": row["contender"] == f"fastlm {chosen}",
-            }
-    return rows + absent_rows(case, case.part, case.absent, cold=cold)
+        name = " ".join((row["op"], row["part"], row["dtype"], *(f"{k}={v}" for k, v in row["shape"].items())))
+        if row["ours"]:
+            cases.setdefault(name, []).append(row)
+        if row.get("wrong"):
+            found.append(f"{name}: {row['contender']} is WRONG: {row['error']:.2f} of the allowed error")
+        elif "failed" in row:
+            found.append(f"{name}: {row['contender']} FAILED: {row['failed']}")
+    for name, ours in cases.items():
+        if all("refused" in row for row in ours):
+            found.append(f"{name}: nothing of ours was measured: {ours[0]['contender']}: {ours[0]['refused']}")
+    return found
+
+
+def title(row):
+    """A contender's name, and what ran it where other backends did: fastlm cuda+torch; fastlm torch, for cuda."""
+    own, ran = row["contender"].removeprefix("fastlm "), dict.fromkeys(row.get("ran", {}).values())
+    if not ran:
+        return row["contender"]
+    others = "+".join(name for name in ran if name != own)
+    return f"fastlm {own}+{others}" if own in ran else f"fastlm {others}, for {own}"
 
 
 def row_of(case, part, contender, *, ours, cold):
@@ -224,21 +291,28 @@ def absent_rows(case, part, absent, *, cold):
 
 
 def merge(rows, again):
-    """The rows of a case from both of its passes: all samples, and a spread that covers what lay between the two."""
-    merged = []
-    for first, second in zip(rows, again):
-        row = {**first, **{key: second[key] for key in ("wrong", "refused") if key in second}}
-        if "median_us" in first and "median_us" in second:
-            samples = first["samples_us"] + second["samples_us"]
-            both = Times(tuple(samples))
-            spread = max(both.spread, abs(first["median_us"] - second["median_us"]) / both.median)
-            row |= {"median_us": both.median, "samples_us": samples, "spread": spread, "noisy": spread > NOISY}
-            row |= {rate: first[rate] * first["median_us"] / both.median
-                    for rate in ("of_roof", "gb_per_s", "tflop_per_s")}
-        elif "median_us" in first:
-            row = {key: value for key, value in row.items() if key not in FIGURES}
-        merged.append(row)
-    return merged
+    """The rows of a case from both of its passes: all samples, and a spread that covers what lay between the two.
+
+    What refused, failed or was wrong in one of them has no figures; what only one has is taken from it.
+    """
+    def by_contender(some):
+        return {(row.get("part"), row["contender"]): row for row in some}
+
+    first, second = by_contender(rows), by_contender(again)
+    return [_merged(first[key], second[key]) if key in first and key in second else first.get(key) or second[key]
+            for key in {**first, **second}]
+
+
+def _merged(first, second):
+    kept = ("wrong", "refused", "failed", *(("error",) if "wrong" in second else ()))
+    row = {**first, **{key: second[key] for key in kept if key in second}}
+    if "median_us" in first and "median_us" in second:
+        samples = first["samples_us"] + second["samples_us"]
+        both = Times(tuple(samples))
+        spread = max(both.spread, abs(first["median_us"] - second["median_us"]) / both.median)
+        return row | {"median_us": both.median, "samples_us": samples, "spread": spread, "noisy": spread > NOISY} | {
+            rate: first[rate] * first["median_us"] / both.median for rate in ("of_roof", "gb_per_s", "tflop_per_s")}
+    return {key: value for key, value in row.items() if key not in FIGURES}
 
 
 FIGURES = ("median_us", "spread", "noisy", "of_roof", "samples_us", "gb_per_s", "tflop_per_s")
@@ -382,6 +456,7 @@ def _use(case, function):
 
 
 def _chosen(case, operands):
+    """The backend that dispatch chooses."""
     with dispatch.record() as calls:
         case.ours(*operands)
     return next(backend for (name, backend) in calls if dispatch.TABLE[name].family == case.op)

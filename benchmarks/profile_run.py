@@ -8,6 +8,7 @@ for Nsight. No decode step is captured as a CUDA graph here: a replayed kernel h
 model that is watched runs the parts of its blocks, where training in fp32 on a CPU else calls gpt2_blocks.
 """
 
+import math
 import os
 import time
 from contextlib import contextmanager, nullcontext
@@ -93,9 +94,13 @@ def plan(program, *, model=None, shape=None, dtype="fp32", device="cpu", steps=3
     return Plan(program, case.shape, dtype, device, steps, model, out)
 
 
-def run(plan):
-    """The Profile of a Plan, after a step to warm up. The trace is written whole or not at all."""
-    model, ranges = _model(plan), Ranges(nvtx=plan.device == "cuda")
+def run(plan, model=None):
+    """The Profile of a Plan, after a step to warm up. The trace is written whole or not at all.
+
+    Raises RuntimeError where the last step of training has a loss or gradients that are not finite.
+    model: what `model_of` gave, for callers to whom a directory that does not load is another error than a step.
+    """
+    model, ranges = model_of(plan) if model is None else model, Ranges(nvtx=plan.device == "cuda")
     step = {"train": _training, "generate": _generation}[plan.program](model, plan, ranges)
     ranges.off = True  # so that a profiler that filters by range does not see the warm-up
     step()
@@ -104,7 +109,10 @@ def run(plan):
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (plan.device == "cuda")
     profiler = None if plan.out is None else torch.profiler.profile(activities=activities, record_shapes=True)
     with ranges.on(model), profiler or nullcontext():
-        seconds = _timed(step, plan, ranges)
+        seconds, found = _timed(step, plan, ranges)
+    for name, value in (found or {}).items():
+        if not math.isfinite(value):
+            raise RuntimeError(f"{name} is {float(value)} after {plan.steps + 1} steps")
     trace = None if profiler is None else _export(profiler, plan.out)
     tokens = plan.shape["B"] * plan.shape["N" if plan.program == "generate" else "T"]
     parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -112,12 +120,13 @@ def run(plan):
 
 
 def _timed(step, plan, ranges):
+    """(seconds of a step, what the last returned)."""
     started = time.perf_counter()
     for _ in range(plan.steps):
         with ranges("step"):
-            step()
+            found = step()
     _wait(plan.device)
-    return (time.perf_counter() - started) / plan.steps
+    return (time.perf_counter() - started) / plan.steps, found
 
 
 def _wait(device):
@@ -200,7 +209,8 @@ def _named(model):
     yield model.lm_head, "lm_head"
 
 
-def _model(plan):
+def model_of(plan):
+    """The model of a Plan; ValueError where its directory holds none."""
     if plan.model is not None:
         return GPT2.from_pretrained(plan.model, device=plan.device)
     torch.manual_seed(0)
@@ -217,7 +227,7 @@ def _tokens(plan, T):
 
 
 def _training(model, plan, ranges):
-    """Forward, loss, backward, clipping, AdamW; bf16 is autocast over fp32 weights."""
+    """Forward, loss, backward, clipping, AdamW; bf16 is autocast over fp32 weights. It returns what must be finite."""
     model.train()
     optimizer = AdamW(model, TrainConfig(data="", out="", grad_clip=1.0))
     ids = _tokens(plan, plan.shape["T"] + 1)
@@ -231,8 +241,10 @@ def _training(model, plan, ranges):
         with ranges("backward"):
             loss.backward()
         with ranges("optimizer"):
-            optimizer.step(*optimizer.gradients(), learning_rate=1e-6)
+            gradients = optimizer.gradients()
+            optimizer.step(*gradients, learning_rate=1e-6)
             optimizer.zero_grad()
+        return {"the loss": loss.detach(), "the gradient's norm": gradients[1]}
 
     return step
 

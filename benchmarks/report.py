@@ -128,7 +128,8 @@ def _tally(cases):
     counts = [("", len(cases), "cases"), ("", len(timed(rows)), "rows timed"),
               ("warn", sum(bool(row.get("noisy")) for row in rows), "noisy"),
               ("dim", sum("refused" in row for row in rows), "took no part"),
-              ("bad", sum(bool(row.get("wrong")) for row in rows), "WRONG")]
+              ("bad", sum(bool(row.get("wrong")) for row in rows), "WRONG"),
+              ("bad", sum("failed" in row for row in rows), "FAILED")]
     told = (f'<span class="{kind if count else "dim"}">{count} {what}</span>' for kind, count, what in counts)
     return f'<p class="tally">{" · ".join(told)}</p>'
 
@@ -319,11 +320,15 @@ def _rows(cases):
         ours = (chosen(rows) or {}).get("median_us")
         for row in rows:
             notes, name = [], esc(row["contender"])
+            if isinstance(row.get("ran"), dict):
+                notes.append(esc("ran: " + ", ".join(f"{op} on {backend}" for op, backend in row["ran"].items())))
             if isinstance(row.get("latency_us"), list):
                 steps = [f"{value / 1e3:,.2f}" for value in row["latency_us"] if isinstance(value, (int, float))]
                 notes.append(f'a token takes {" / ".join(steps)} ms (50, 90, 99 of 100)')
             if row.get("wrong"):
                 notes.append(f'<b class="bad">WRONG: {_error(row)} of the allowed error</b>')
+            elif "failed" in row:
+                notes.append(f'<b class="bad">FAILED: {esc(row["failed"])}</b>')
             elif "refused" in row:
                 notes.append(esc(row["refused"]))
             if number(row, "median_us"):

@@ -37,6 +37,7 @@ PYBIND11_MODULE(_C, m) {
 
   py::module_ on_cpu = m.def_submodule("cpu");
   on_cpu.def("isa", cpu::isa);
+  on_cpu.def("isas", cpu::isas);
   on_cpu.def("keep_heap", cpu::keep_heap, py::kw_only(), py::arg("large"));
   bind_cpu(on_cpu, "softmax_xent_fwd", cpu::softmax_xent_fwd);
   bind_cpu(on_cpu, "softmax_xent_bwd", cpu::softmax_xent_bwd);
@@ -62,6 +63,7 @@ PYBIND11_MODULE(_C, m) {
   on_cuda.def("architectures", [] { return FASTLM_CUDA_ARCHITECTURES; });
   bind_cuda<DeviceGuard>(on_cuda, "softmax_xent_fwd", cuda::softmax_xent_fwd);
   bind_cuda<DeviceGuard>(on_cuda, "softmax_xent_bwd", cuda::softmax_xent_bwd);
+  bind_cuda<DeviceGuard>(on_cuda, "softmax_xent_", cuda::softmax_xent_);
   bind_cuda<DeviceGuard>(on_cuda, "attention_fwd", cuda::attention_fwd);
   bind_cuda<DeviceGuard>(on_cuda, "decode_attention", cuda::decode_attention);
   bind_cuda<DeviceGuard>(on_cuda, "cache_append_", cuda::cache_append_);

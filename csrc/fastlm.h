@@ -7,6 +7,7 @@
 #pragma once
 
 #include <cstdint>
+#include <string>
 
 typedef struct CUstream_st* cudaStream_t;
 
@@ -336,11 +337,14 @@ void draw(const Draw& op, int threads);
 
 // The instruction set the kernels run on: "avx512bf16", "avx512", "avx2" or "generic"; FASTLM_CPU_ISA asks for a lower one.
 const char* isa();
+// Those that were built, in ascending order: "generic, avx2".
+std::string isas();
 }  // namespace cpu
 
 namespace cuda {
 void softmax_xent_fwd(const SoftmaxXentFwd& op, cudaStream_t stream);
 void softmax_xent_bwd(const SoftmaxXentBwd& op, cudaStream_t stream);
+void softmax_xent_(const SoftmaxXentBoth& op, cudaStream_t stream);
 void attention_fwd(const AttentionFwd& op, cudaStream_t stream);
 void decode_attention(const DecodeAttention& op, cudaStream_t stream);
 void cache_append_(const CacheAppend& op, cudaStream_t stream);

@@ -25,6 +25,7 @@ _HOMES = {
     "use": "fastlm.ops",
     "GPT2": "fastlm.gpt2",
     "GPT2Config": "fastlm.gpt2",
+    "Refused": "fastlm.dispatch",
     "Tokenizer": "fastlm.data.tokenizer",
     "generate": "fastlm.generation",
     "warmup": "fastlm.generation",

@@ -3,7 +3,8 @@
 A row of the table is one torch op: its schema, and for each backend the module in which a function of the op's name
 lives, imported when it is first needed. The choice is made once per call signature: the forced backend, or the
 first that can run the call, of what `fastlm tune` measured on the device, fastest first, and then of the row's order.
-A forced backend that cannot run raises its sentence.
+A forced backend that cannot run raises its sentence, as `Refused`. Nothing else refuses: whatever a kernel raises once
+it was chosen is a failure, and the tools that measure and check report it as one.
 """
 
 import functools
@@ -22,8 +23,23 @@ from fastlm.measure import tuned
 _library = torch.library.Library("fastlm", "DEF")
 
 TABLE: dict[str, "Row"] = {}  # by torch op, e.g. softmax_xent_fwd
-_forced: dict[str, str] = {}  # family → backend; "*" stands for every family that has it
+_forced: dict[str, str] = {}  # family or torch op → backend; "*" stands for every family that has it
 _calls: Counter | None = None  # (op, backend) → calls, while `record` is on
+
+
+class Refused(RuntimeError):
+    """A sentence why a backend does not run a call: raised here, before any kernel is called, and nowhere else."""
+
+
+def failure(error):
+    """What an exception that is no refusal says in a line: its first, behind the name of its class.
+
+    Triton's begin with a place in the source and a colon, and end with what is wrong there.
+    """
+    first, *rest = str(error).strip().splitlines() or [""]
+    told = f"{first} {rest[-1]}" if rest and first.endswith(":") else first
+    name = "" if type(error) is RuntimeError and told else type(error).__name__
+    return ": ".join(part for part in (name, told[:200]) if part)
 
 
 @dataclass(frozen=True)
@@ -58,7 +74,7 @@ def why_not(name, backend, *args):
     """None where `backend` can run torch op `name` on `args`, else a sentence. Without args: on this machine at all."""
     row = TABLE[name]
     if backend not in row.kernels:
-        return f"{row.family} has no {backend} kernel; it has {', '.join(row.kernels)}"
+        return f"{name} has no {backend} kernel; it has {', '.join(row.kernels)}"
     if (reason := machine_why_not(backend)) is not None:
         return reason
     if not args:
@@ -89,11 +105,12 @@ def _resolve(row, *args):
 
 
 def choice(row, *args):
-    """The backend that runs a call; RuntimeError with the reasons where none can."""
+    """The backend that runs a call; Refused with the reasons where none can."""
     backend = forced(row.family)
+    backend = _forced.get(row.name, backend)
     if backend in row.kernels:  # a backend may have a family's forward and leave its backward to others
         if (reason := why_not(row.name, backend, *args)) is not None:
-            raise RuntimeError(f"{row.name} cannot run on backend {backend!r}: {reason}")
+            raise Refused(f"{row.name} cannot run on backend {backend!r}: {reason}")
         return backend
     reasons = {}
     for backend in _candidates(row, *args):
@@ -101,7 +118,7 @@ def choice(row, *args):
         if reasons[backend] is None:
             return backend
     told = "; ".join(f"{backend}: {reason}" for backend, reason in reasons.items())
-    raise RuntimeError(f"no backend can run {row.name}: {told}")
+    raise Refused(f"no backend can run {row.name}: {told}")
 
 
 def _candidates(row, *args):
@@ -134,9 +151,11 @@ def _forget():
 class use:
     """Forces a backend: `use("triton")` for every op that has it, `use(attention="cuda")` for one.
 
-    Takes effect at once; as a context manager it is undone at the end. None lifts a force. Raises ValueError for an
-    unknown backend or op, RuntimeError with the reason where this machine cannot run the backend. The setting holds
-    for the whole process (the backward pass runs in threads of its own).
+    A backend that lacks a part of an op leaves it to the others: `cuda` has no backward of attention.
+    `use(attention="cuda", attention_qkv_bwd="torch")` forces that part, a torch op, too. Takes effect at once; as a
+    context manager it is undone at the end. None lifts a force. Raises ValueError for an unknown backend or op,
+    `Refused` (a RuntimeError) with the reason where this machine cannot run the backend. The setting holds for the
+    whole process (the backward pass runs in threads of its own).
     """
 
     def __init__(self, backend=None, /, **by_op):
@@ -156,16 +175,17 @@ class use:
 def _force(wanted, said="use"):
     families = {row.family for row in TABLE.values()}
     for op, name in wanted.items():
-        if op != "*" and op not in families:
+        if op != "*" and op not in families and op not in TABLE:
             raise ValueError(f"{said}: no op {op!r}; the ops are {', '.join(sorted(families))}")
         if name is None:
             continue
         if name not in BACKENDS:
             raise ValueError(f"{said}: no backend {name!r}; the backends are {', '.join(BACKENDS)}")
-        if op != "*" and name not in backends_of(op):
-            raise ValueError(f"{said}: {op} has no {name} kernel; it has {', '.join(backends_of(op))}")
+        has = () if op == "*" else backends_of(op) if op in families else TABLE[op].kernels
+        if op != "*" and name not in has:
+            raise ValueError(f"{said}: {op} has no {name} kernel; it has {', '.join(has)}")
         if (reason := machine_why_not(name)) is not None:
-            raise RuntimeError(f"{said}: backend {name!r} cannot run here: {reason}")
+            raise Refused(f"{said}: backend {name!r} cannot run here: {reason}")
     for op, name in wanted.items():
         _forced.pop(op, None) if name is None else _forced.update({op: name})
     _forget()
@@ -187,10 +207,13 @@ def _read_environment():
 def record():
     """Counts calls while it is open: yields a Counter of (torch op, backend)."""
     global _calls
-    _calls = calls = Counter()
+    former, calls = _calls, Counter()
+    _calls = calls
     _forget()
     try:
         yield calls
     finally:
-        _calls = None
+        _calls = former
+        if former is not None:  # a record within another counts for both
+            former.update(calls)
         _forget()

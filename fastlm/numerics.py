@@ -26,7 +26,9 @@ class Comparison:
 
     @property
     def ratio(self):
-        """Error over allowed, the worse of largest and mean: the result holds where it is at most 1."""
+        """Error over allowed, the worse of largest and mean: the result holds where it is at most 1; inf for NaN."""
+        if self.error != self.error:  # the largest of several ratios must not lose it
+            return math.inf
         largest = self.error / self.allowed if self.allowed else float(self.error > 0)
         return largest if self.mean_allowed is None else max(largest, self.mean_error / self.mean_allowed)
 

@@ -9,22 +9,28 @@ aten = torch.ops.aten
 
 
 def softmax_xent_fwd(x, y, ignore):
-    if not x.shape[1]:  # F.nll_loss refuses an empty vocabulary
+    if not x.shape[1]:  # no label can be gathered
         return reference.softmax_xent_fwd(x, y, ignore)
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    logp = F.log_softmax(wide, dim=1)
-    loss = F.nll_loss(logp, y, ignore_index=ignore, reduction="none")
-    return loss, torch.logsumexp(wide, dim=1)
+    wide, label = x.to(torch.promote_types(x.dtype, torch.float32)), y.clamp(0, x.shape[1] - 1)
+    loss = F.log_softmax(wide, dim=1).gather(1, label[:, None])[:, 0].neg_()
+    return _by_label(loss, y, label, ignore), torch.logsumexp(wide, dim=1)
 
 
 def softmax_xent_bwd(dloss, x, y, lse, ignore):
     if not x.shape[1]:
         return torch.empty_like(x)
-    dx = torch.sub(x, lse[:, None]).exp_()  # (N, V), in fp32
-    label = torch.where(y == ignore, 0, y)[:, None]
-    dx.scatter_add_(1, label, torch.full_like(label, -1, dtype=dx.dtype))
-    dx *= dloss.masked_fill(y == ignore, 0.0)[:, None]
+    dx, label = torch.sub(x, lse[:, None]).exp_(), y.clamp(0, x.shape[1] - 1)  # (N, V), in fp32
+    dx.scatter_add_(1, label[:, None], torch.full_like(label, -1, dtype=dx.dtype)[:, None])
+    dx *= _by_label(dloss, y, label, ignore)[:, None]
     return dx.to(x.dtype)
+
+
+def _by_label(values, y, label, ignore):
+    """Values (N,), but 0 where a row is ignored and NaN where its y lies outside the vocabulary, `label` being clamped.
+
+    On a GPU an index that lies outside (F.nll_loss, scatter) is an assertion, behind which the process has no GPU.
+    """
+    return values.masked_fill(label != y, float("nan")).masked_fill(y == ignore, 0.0)
 
 
 def softmax_xent_(x, dloss, y, ignore):

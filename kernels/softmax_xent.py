@@ -6,6 +6,8 @@
 
 One program owns one row. Forward reads the row once, keeping a running maximum m and the running sum s of
 exp(x - m); backward needs only lse, so no (N, V) probabilities are stored: it reads x once and writes dx once.
+In place both are one kernel, which reads a row a second time while it is still in the caches, and writes it once; few
+programs of many warps, so that their rows fit there.
 Source of the online softmax: Milakov and Gimelshein, arXiv 1805.02867.
 """
 
@@ -15,6 +17,7 @@ import triton.language as tl
 
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
+LANE: tl.constexpr = tl.constexpr(8)  # neighbours that a thread holds
 
 
 @triton.jit
@@ -88,6 +91,63 @@ def _softmax_xent_bwd_kernel(
         tl.store(dx_ptr + v, dx.to(dx_ptr.dtype.element_ty), mask=v < V)
 
 
+@triton.jit
+def _take_lanes(m, s, x):
+    """The running maxima and sums (lanes,), each over its own elements, after a block of logits x (BLOCK_V,)."""
+    x = tl.reshape(x, (m.shape[0], x.shape[0] // m.shape[0]))  # (lanes, LANE)
+    top = tl.maximum(m, tl.max(x, axis=1))
+    origin = tl.where(top == float("-inf"), 0.0, top)
+    return top, s * tl.exp2((m - origin) * LOG2E) + tl.sum(tl.exp2((x - origin[:, None]) * LOG2E), axis=1)
+
+
+@triton.jit
+def _softmax_xent_both_kernel(
+    loss_ptr, lse_ptr,                  # out    (N,), (N,)
+    x_ptr, stride_xn,                   # inout  (N, V)
+    dloss_ptr, y_ptr,                   # in     (N,), (N,)
+    V, ignore,
+    BLOCK_V: tl.constexpr,
+):
+    n = tl.program_id(0).to(tl.int64)
+    x_ptr += n * stride_xn
+    lanes: tl.constexpr = max(BLOCK_V // LANE, 1)
+    m, s = tl.full((lanes,), float("-inf"), tl.float32), tl.zeros((lanes,), tl.float32)
+    whole = V - V % BLOCK_V
+    for start in range(0, whole, BLOCK_V):
+        x = tl.load(x_ptr + start + tl.arange(0, BLOCK_V)).to(tl.float32)  # (BLOCK_V,)
+        m, s = _take_lanes(m, s, x)
+    if whole < V:
+        v = whole + tl.arange(0, BLOCK_V)
+        x = tl.load(x_ptr + v, mask=v < V, other=float("-inf")).to(tl.float32)  # (BLOCK_V,)
+        m, s = _take_lanes(m, s, x)
+    top = tl.max(m, axis=0)
+    origin = tl.where(top == float("-inf"), 0.0, top)
+    total = tl.sum(s * tl.exp2((m - origin) * LOG2E), axis=0)
+    log_sum = tl.log2(total) * LN2
+
+    y, dloss = tl.load(y_ptr + n), tl.load(dloss_ptr + n)
+    ignored, inside = y == ignore, (y >= 0) & (y < V)
+    label = tl.load(x_ptr + y, mask=inside, other=0.0).to(tl.float32)
+    tl.store(lse_ptr + n, top + log_sum)
+    tl.store(loss_ptr + n, tl.where(ignored, 0.0, tl.where(inside, log_sum - (label - top), float("nan"))))
+    tl.debug_barrier()  # every thread has read the label's logit before one overwrites it
+
+    # p is exp(x - m) / s, not exp(x - lse): where logits are large, lse has been rounded to their size.
+    scale = tl.where(inside, dloss / total, float("nan"))
+    for start in range(0, whole, BLOCK_V):
+        v = start + tl.arange(0, BLOCK_V)
+        dx = tl.exp2((tl.load(x_ptr + v).to(tl.float32) - origin) * LOG2E) * scale  # (BLOCK_V,)
+        tl.store(x_ptr + v, tl.where(ignored, 0.0, dx).to(x_ptr.dtype.element_ty))
+    if whole < V:
+        v = whole + tl.arange(0, BLOCK_V)
+        x = tl.load(x_ptr + v, mask=v < V, other=float("-inf")).to(tl.float32)  # (BLOCK_V,)
+        dx = tl.exp2((x - origin) * LOG2E) * scale
+        tl.store(x_ptr + v, tl.where(ignored, 0.0, dx).to(x_ptr.dtype.element_ty), mask=v < V)
+    tl.debug_barrier()  # the label's own gradient comes after what another thread wrote there
+    at_label = (tl.exp2((label - origin) * LOG2E) / total - 1.0) * dloss
+    tl.store(x_ptr + y, at_label.to(x_ptr.dtype.element_ty), mask=inside & (y != ignore))
+
+
 def _config(V, capability):
     """BLOCK_V and num_warps: 16 bytes or more a thread, and a row in as few rounds as registers allow."""
     if capability is None:  # interpreted: the cost is per operation, not per element
@@ -96,6 +156,11 @@ def _config(V, capability):
         if V <= limit:
             return block, warps
     return 4096, 8
+
+
+def _both_config(V, capability):
+    """BLOCK_V and num_warps: a row in as few rounds as it takes, so few rows at once that they stay in the caches."""
+    return _config(V, capability) if capability is None or V <= 16384 else (8192, 32)
 
 
 def _capability(x):
@@ -123,3 +188,16 @@ def softmax_xent_bwd(dloss, x, y, lse, ignore):
                 dx, dx.stride(0), dloss, x, y, lse, x.stride(0), V, ignore, BLOCK_V=block, num_warps=warps
             )
     return dx
+
+
+def softmax_xent_(x, dloss, y, ignore):
+    N, V = x.shape
+    loss = torch.empty(N, dtype=torch.float32, device=x.device)
+    lse = torch.empty(N, dtype=torch.float32, device=x.device)
+    if N:
+        block, warps = _both_config(max(V, 1), _capability(x))
+        with torch.cuda.device_of(x):
+            _softmax_xent_both_kernel[(N,)](
+                loss, lse, x, x.stride(0), dloss, y, V, ignore, BLOCK_V=block, num_warps=warps
+            )
+    return loss, lse

@@ -22,12 +22,12 @@ os.environ["FASTLM_CACHE"] = CACHE.name  # what was tuned on this machine choose
 
 import numerics  # noqa: E402
 
-from fastlm import backends, dispatch, native, ops  # noqa: E402, F401  ops fills the table
+from fastlm import backends, chunked, dispatch, native, ops  # noqa: E402, F401  ops fills the table
 
 DEVICE = "cuda" if GPU else "cpu"
 LAUNCHERS = [native]
 if importlib.util.find_spec("triton"):
-    names = {row.kernels["triton"] for row in dispatch.TABLE.values() if "triton" in row.kernels}
+    names = {row.kernels["triton"].partition(":")[0] for row in dispatch.TABLE.values() if "triton" in row.kernels}
     LAUNCHERS += [importlib.import_module(name) for name in sorted(names)]
 
 
@@ -53,10 +53,11 @@ def emulated():
         native.emulated = native.Launchers(
             emulated_module().cuda, lambda device: {"device": 0, "stream": 0}, split_decoding=True
         )
+        chunked.emulated = chunked.Chunked(native.emulated, padded=True)
         backends.BACKENDS["cuda-emulated"] = (("cpu",), lambda: None)
         for row in dispatch.TABLE.values():
             if "cuda" in row.kernels:
-                row.kernels["cuda-emulated"] = "fastlm.native:emulated"
+                row.kernels["cuda-emulated"] = row.kernels["cuda"].replace(":cuda", ":emulated")
                 object.__setattr__(row, "limits", functools.partial(_cuda_limits, row.limits))
 
 

@@ -37,6 +37,11 @@ def softmax_xent(capability):
         types = {**scalars, "y_ptr": "*i64", **dict.fromkeys(("loss_ptr", "lse_ptr", "dloss_ptr"), "*fp32")}
         for kernel in (module._softmax_xent_fwd_kernel, module._softmax_xent_bwd_kernel):
             yield str(block), dtype, kernel, types, {"BLOCK_V": block}, {"num_warps": warps}
+    configs = {module._both_config(V, capability) for V in (1, 2048, 16384, 50257)}
+    for dtype, (block, warps) in itertools.product(DTYPES, sorted(configs)):
+        types = {**scalars, "y_ptr": "*i64", **dict.fromkeys(("loss_ptr", "lse_ptr", "dloss_ptr"), "*fp32")}
+        kernel = module._softmax_xent_both_kernel
+        yield str(block), dtype, kernel, types, {"BLOCK_V": block}, {"num_warps": warps}
 
 
 def attention(capability):
@@ -91,12 +96,68 @@ def cache_append(capability):
         yield "D=64", dtype, module._cache_append_kernel, types, {"D": 64, "BLOCK": 1024}, {}
 
 
+def layer_norm(capability):
+    from fastlm.kernels import layer_norm as module
+
+    types = {**dict.fromkeys(("mean_ptr", "rstd_ptr", "partial_ptr"), "*fp32"), "epsilon": "fp32"}
+    wide = {**types, **dict.fromkeys(("residual_ptr", "s_ptr", "ds_ptr", "dresidual_ptr", "weight_ptr", "bias_ptr"),
+                                     "*fp32")}  # a residual in fp32, as training in bf16 has it
+    fwd, bwd = module._layer_norm_fwd_kernel, module._layer_norm_bwd_kernel
+    absent = {fwd: {"s_ptr": None, "residual_ptr": None}, bwd: {"ds_ptr": None, "dresidual_ptr": None}}
+    for dtype, C, kernel, alone in itertools.product(DTYPES, (768, 1600, 4096), (fwd, bwd), (False, True)):
+        block, warps, ahead, _ = module._config(C, 2 if alone and dtype != "fp32" else 4, capability)
+        constants = {"C": C, "BLOCK_C": block, **(absent[kernel] if alone else {})}
+        constants |= {"AHEAD": ahead} if kernel is bwd else {}
+        yield f"C={C}{' alone' * alone}", dtype, kernel, types if alone else wide, constants, {"num_warps": warps}
+
+
+def bias_gelu(capability):
+    from fastlm.kernels import bias_gelu as module
+
+    types = {"bias_ptr": "*fp32", "partial_ptr": "*fp32"}
+    for dtype, C in itertools.product(DTYPES, (512, 3072)):
+        block_n, block_c, warps, _ = module._config(C, 4 if dtype == "fp32" else 2, capability)
+        constants = {"C": C, "BLOCK_N": block_n, "BLOCK_C": block_c}
+        for kernel in (module._bias_gelu_fwd_kernel, module._bias_gelu_bwd_kernel):
+            yield f"C={C}", dtype, kernel, types, constants, {"num_warps": warps}
+
+
+def column_sums(capability):
+    from fastlm.kernels import column_sums as module
+
+    block_p, block_c, warps = module._config(1056, capability)
+    types, constants = {"partial_ptr": "*fp32"}, {"C": 768, "BLOCK_P": block_p, "BLOCK_C": block_c}
+    for dtype in DTYPES:
+        for label, others in (("two", {"WIDTH": 1536}), ("one", {"WIDTH": 768, "second_ptr": None})):
+            yield label, dtype, module._column_sums_kernel, types, {**constants, **others}, {"num_warps": warps}
+
+
+def adamw(capability):
+    from fastlm.kernels import adamw as module
+
+    block, warps = module._config(124439808, capability)
+    floats = ("keep", "rate", "root", "one_minus_beta1", "beta2", "one_minus_beta2", "epsilon")
+    for label, without in (("scaled", {}), ("unscaled", {"scale_ptr": None})):
+        types = dict.fromkeys(floats, "fp32")
+        yield label, "fp32", module._adamw_kernel, types, {"BLOCK": block, **without}, {"num_warps": warps}
+
+
+def grad_norm(capability):
+    from fastlm.kernels import grad_norm as module
+
+    block, warps, _ = module._config(124439808, capability)
+    yield str(block), "fp32", module._grad_norm_partial_kernel, {}, {"BLOCK": block}, {"num_warps": warps}
+    constants = {"BLOCK": module.MOST_PROGRAMS}
+    yield str(module.MOST_PROGRAMS), "fp32", module._grad_norm_merge_kernel, {}, constants, {"num_warps": 4}
+
+
 def variants(capability):
     """(label, dtype, kernel, argument types, constants, options) of every kernel × dtype × configuration.
 
     Pointers that are not typed have the dtype, numbers that are not typed are i32.
     """
-    for op in (softmax_xent, attention, decode_attention, cache_append):
+    for op in (softmax_xent, attention, decode_attention, cache_append, layer_norm, bias_gelu, column_sums, adamw,
+               grad_norm):
         yield from op(capability)
 
 
@@ -105,6 +166,7 @@ def variants(capability):
 LIMITS = {
     "softmax_xent_fwd": "bandwidth: 2 N V bytes read; N = 32k, V = 50257: 3.3 GB, 0.77 ms",
     "softmax_xent_bwd": "bandwidth: 4 N V bytes read and written; N = 32k, V = 50257: 6.6 GB, 1.5 ms",
+    "softmax_xent_both": "bandwidth: 4 N V bytes read and written, and read again in the caches; as softmax_xent_bwd",
     "attention_fwd": "tensor cores and exponentials alike: 2 T T D FLOPs and T T / 2 exponentials a head; "
                      "B H = 768: 0.13 and 0.11 ms",
     "attention_delta": "bandwidth: 4 T D bytes a head; B H = 768: 0.2 GB, 0.05 ms",
@@ -113,6 +175,14 @@ LIMITS = {
     "decode_attention_split": "bandwidth: 4 S D bytes a head; B H = 768, S = 1024: 0.2 GB, 0.05 ms",
     "decode_attention_merge": "launch: 4 (D + 2) S / 128 bytes a head, 3 % of the split's",
     "cache_append": "launch: 8 D bytes a head and token",
+    "layer_norm_fwd": "bandwidth: 12 C bytes a row in bf16 with a residual in fp32; N = 32k, C = 768: 0.3 GB, 0.07 ms",
+    "layer_norm_bwd": "bandwidth: 16 C bytes a row, likewise; N = 32k, C = 768: 0.4 GB, 0.09 ms",
+    "bias_gelu_fwd": "bandwidth: 4 C bytes a row; N = 32k, C = 3072: 0.4 GB, 0.09 ms",
+    "bias_gelu_bwd": "bandwidth: 6 C bytes a row, 25 instructions an element; N = 32k, C = 3072: 0.14 and 0.1 ms",
+    "column_sums": "launch: 4 C bytes a program of those before it, 7 MB, from the L2 cache",
+    "adamw": "bandwidth: 28 bytes an element; 124 M: 3.5 GB, 0.8 ms",
+    "grad_norm_partial": "bandwidth: 4 bytes an element; 124 M: 0.5 GB, 0.12 ms",
+    "grad_norm_merge": "launch: 4 KB",
 }
 
 

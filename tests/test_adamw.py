@@ -58,6 +58,17 @@ def test_scale_multiplies_the_gradients(backend):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-8)
 
 
+@pytest.mark.parametrize("n", [0, 37, 20000])
+def test_buffers_offset_by_one(backend, n):
+    whole = [t.to(DEVICE) for t in state(n + 2)]
+    before, near = [t.clone() for t in whole], [t[1 : n + 1].clone() for t in whole]
+    for p, g, m, v in ([t[1 : n + 1] for t in whole], near):
+        fastlm.adamw_(p, g, m, v, step=2, **OPTIONS)
+    for t, old, alone in zip(whole, before, near):
+        torch.testing.assert_close(t[1 : n + 1], alone, rtol=1e-6, atol=1e-8)
+        assert torch.equal(t[[0, -1]], old[[0, -1]])
+
+
 @pytest.mark.parametrize("n", [1, 15, 37, 130])
 @pytest.mark.parametrize("front", [False, True], ids=["end", "front"])
 def test_guard_pages(backend, n, front):

@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import DEVICE
-from guard import guarded
+from guard import far_apart, guarded
 
 import fastlm
 
@@ -66,6 +66,34 @@ def test_views(backend, cut, dtype):
     x = numerics.inputs("normal", (40, 64), dtype)
     views = {"rows apart": x[:5, :37], "offset by one": x[:5, 1:38], "transposed": x.t()[:5, :37]}
     check(views[cut], numerics.inputs("normal", (75,), dtype, 1)[1::2], backend)
+
+
+@pytest.mark.parametrize("dtype", numerics.DTYPES, ids=str)
+def test_gradients_with_rows_apart(backend, dtype):
+    dy, x = (numerics.inputs("normal", (70, 80), dtype, seed).to(DEVICE)[:, 3:40] for seed in range(2))
+    bias = torch.randn(37, device=DEVICE)
+    apart, near = (torch.ops.fastlm.bias_gelu_bwd(*t, bias) for t in ((dy, x), (dy.contiguous(), x.contiguous())))
+    for got, wanted in zip(apart, near):
+        torch.testing.assert_close(got, wanted)
+
+
+def test_nan_of_the_gradient_stays_in_its_column(backend):
+    x, dy = torch.zeros(70, 600, device=DEVICE), torch.ones(70, 600, device=DEVICE)
+    x[33, 3], dy[1, 599] = float("nan"), float("nan")
+    dx, dbias = torch.ops.fastlm.bias_gelu_bwd(dy, x, torch.zeros(600, device=DEVICE))
+    assert dx.isnan().nonzero().tolist() == [[1, 599], [33, 3]] and dbias.isnan().nonzero().tolist() == [[3], [599]]
+
+
+def test_rows_beyond_2_to_the_31(backend):
+    if DEVICE != "cpu":
+        pytest.skip("made of pages of the CPU that are never touched")
+    operands = [far_apart((3, 40), torch.bfloat16) for _ in range(2)]
+    for seed, operand in enumerate(operands):
+        operand.copy_(numerics.inputs("normal", operand.shape, torch.bfloat16, seed))
+    bias, found = torch.randn(40), []
+    for x, dy in (operands, [operand.contiguous() for operand in operands]):
+        found.append((torch.ops.fastlm.bias_gelu_fwd(x, bias), *torch.ops.fastlm.bias_gelu_bwd(dy, x, bias)))
+    assert all(torch.equal(far, near) for far, near in zip(*found))
 
 
 @pytest.mark.parametrize("dtype", numerics.DTYPES, ids=str)

@@ -36,6 +36,16 @@ def test_a_forced_backend_serves_every_op_that_has_it():
         assert dict(calls) == {("softmax_xent_fwd", backend): 1, ("softmax_xent_bwd", backend): 1}
 
 
+def test_a_record_within_another_counts_for_both():
+    x, y = torch.randn(3, 5), torch.tensor([0, 1, 2])
+    with fastlm.use("torch"), dispatch.record() as outer:
+        fastlm.softmax_xent(x, y)
+        with dispatch.record() as inner:
+            fastlm.softmax_xent(x, y)
+        fastlm.softmax_xent(x, y)
+    assert dict(inner) == {("softmax_xent_fwd", "torch"): 1} and dict(outer) == {("softmax_xent_fwd", "torch"): 3}
+
+
 @pytest.mark.parametrize(
     "arguments, told",
     [
@@ -77,7 +87,7 @@ def test_environment_names_a_backend_that_cannot_run(backend):
     code = "import torch, fastlm; fastlm.softmax_xent(torch.zeros(2, 3), torch.tensor([0, 1]))"
     done = run(code, FASTLM_BACKEND=backend)
     assert done.returncode == 1
-    assert f"RuntimeError: FASTLM_BACKEND: backend '{backend}' cannot run here: " in done.stderr
+    assert f"dispatch.Refused: FASTLM_BACKEND: backend '{backend}' cannot run here: " in done.stderr
     assert "GPU" in done.stderr or "CUDA" in done.stderr or "compiled kernels" in done.stderr
 
 

@@ -19,6 +19,11 @@ def test_sizes(backend, n, kind):
     numerics.close("grad_norm", backend, got[None], torch.linalg.vector_norm(g)[None], g.double().norm()[None])
 
 
+def test_a_buffer_offset_by_one(backend):
+    g = numerics.inputs("normal", (70002,), torch.float32).to(DEVICE)
+    torch.testing.assert_close(fastlm.grad_norm(g[1:]), g[1:].double().norm().float(), rtol=1e-5, atol=0)
+
+
 def test_none_is_zero_and_nan_is_told(backend):
     assert fastlm.grad_norm(torch.zeros(0, device=DEVICE)) == 0
     g = torch.ones(70000, device=DEVICE)

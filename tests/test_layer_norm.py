@@ -5,9 +5,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import DEVICE
-from guard import guarded
+from guard import far_apart, guarded
 
 import fastlm
+from fastlm import dispatch
+from fastlm.ops.layer_norm import LARGEST_C
 
 FAMILY = "layer_norm"
 DTYPE_PAIRS = [(dtype, dtype) for dtype in numerics.DTYPES] + [(torch.bfloat16, torch.float32)]  # of x, of the residual
@@ -58,11 +60,59 @@ def operands(kind, N, C, dtypes, seed=0):
 
 
 @pytest.mark.parametrize("dtypes", DTYPE_PAIRS, ids=str)
-@pytest.mark.parametrize("N, C", [(1, 2), (5, 7), (33, 37), (70, 64), (3, 768), (40, 513), (2, 5000)])
+@pytest.mark.parametrize("N, C", [(1, 2), (5, 7), (33, 37), (70, 64), (3, 768), (40, 513), (2, 4096), (2, 5000)])
 def test_sizes(backend, N, C, dtypes):
+    if backend == "triton" and C > LARGEST_C:
+        pytest.skip("too wide for its registers: refused")
     x, residual = operands("normal", N, C, dtypes)
     check(x, None, backend)
     check(x, residual, backend)
+
+
+@pytest.mark.parametrize("backend", ["triton"], indirect=True)
+def test_a_row_wider_than_the_registers_is_refused(backend):
+    x, w = torch.zeros(2, LARGEST_C + 1, device=DEVICE), torch.zeros(LARGEST_C + 1, device=DEVICE)
+    with pytest.raises(dispatch.Refused, match="takes C up to 4096, got 4097"):
+        fastlm.layer_norm(x, w, w)
+    with dispatch.use(layer_norm=None):
+        fastlm.layer_norm(x, w, w)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_weights_of_the_dtype_of_x_and_apart(backend, dtype):
+    x = numerics.inputs("normal", (7, 37), dtype).to(DEVICE)
+    weight, bias = (numerics.inputs("normal", (74,), dtype, seed).to(DEVICE)[::2] for seed in (1, 2))
+    got, wanted = (results(lambda *t: (fastlm.layer_norm(*t[:3]), None), (x, w, b, None), x, None)
+                   for w, b in ((weight, bias), (weight.float(), bias.float())))
+    for what, value in got.items():
+        assert value.dtype == dtype, what
+        torch.testing.assert_close(value.float(), wanted[what].float(), rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("dtypes", DTYPE_PAIRS, ids=str)
+def test_gradients_with_rows_apart(backend, dtypes):
+    dy, s, ds = (numerics.inputs("normal", (11, 80), dtype, seed).to(DEVICE)[:, 3:40]
+                 for seed, dtype in enumerate((dtypes[0], dtypes[1], dtypes[1])))
+    w = torch.randn(37, device=DEVICE)
+    _, _, mean, rstd = torch.ops.fastlm.layer_norm_fwd(s, None, w, w, 1e-5, dtypes[0])
+    for last in (None, ds):
+        near = [t if t is None else t.contiguous() for t in (dy, last, s)]
+        apart, wanted = (torch.ops.fastlm.layer_norm_bwd(*t, w, mean, rstd, dtypes[0]) for t in ((dy, last, s), near))
+        for got, value in zip(apart, wanted):
+            torch.testing.assert_close(got, value)
+
+
+def test_rows_beyond_2_to_the_31(backend):
+    if DEVICE != "cpu":
+        pytest.skip("made of pages of the CPU that are never touched")
+    operands = [far_apart((3, 40), torch.bfloat16) for _ in range(3)]
+    for seed, operand in enumerate(operands):
+        operand.copy_(numerics.inputs("normal", operand.shape, torch.bfloat16, seed))
+    w, found = torch.randn(40), []
+    for x, residual, dy in (operands, [operand.contiguous() for operand in operands]):
+        _, _, mean, rstd = forward = torch.ops.fastlm.layer_norm_fwd(x, residual, w, w, 1e-5, x.dtype)
+        found.append((*forward, *torch.ops.fastlm.layer_norm_bwd(dy, residual, x, w, mean, rstd, x.dtype)))
+    assert all(torch.equal(far, near) for far, near in zip(*found))
 
 
 @pytest.mark.parametrize("kind", ["normal", "scale 30", "offset 100", "outlier", "tiny"])
@@ -83,6 +133,14 @@ def test_equal_values_are_the_bias(backend):
     bias = torch.randn(37, device=DEVICE)
     y = fastlm.layer_norm(torch.full((2, 37), 0.7, device=DEVICE), torch.ones(37, device=DEVICE), bias)
     torch.testing.assert_close(y, bias.expand(2, 37), rtol=0, atol=1e-4)
+
+
+def test_one_column_is_the_bias(backend):
+    x, w = torch.randn(9, 1, device=DEVICE, requires_grad=True), torch.randn(1, device=DEVICE, requires_grad=True)
+    y = fastlm.layer_norm(x, w, w)
+    y.backward(torch.ones_like(y))
+    torch.testing.assert_close(y, w.expand(9, 1))
+    torch.testing.assert_close((x.grad.abs().max(), w.grad), (0.0 * w[0], 0.0 * w + 9), rtol=0, atol=1e-3)
 
 
 @pytest.mark.parametrize("epsilon", [1e-5, 0.1])

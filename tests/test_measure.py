@@ -59,6 +59,35 @@ def test_what_cannot_be_captured_is_called_as_it_is(monkeypatch):
     assert [call() for call in replays(good)] == ["replayed"] * 2
     assert replays([*good, fails]) == [*good, fails]
 
+    class CompilationError(Exception):
+        """Triton's is no RuntimeError."""
+
+    def does_not_compile():
+        raise CompilationError
+
+    assert replays([does_not_compile]) == [does_not_compile]
+
+
+@pytest.mark.parametrize("calls", [0, 9])
+def test_what_raises_leaves_the_race(calls):
+    """At its first call, or in a later round."""
+    class OutOfResources(Exception):
+        pass
+
+    left = iter(range(calls))
+
+    def fails():
+        if next(left, None) is None:
+            raise OutOfResources
+
+    failed = {}
+    times = race({"bad": [fails], "good": [lambda: None]}, batch_seconds=1e-9, rounds=(20, 20), failed=failed)
+    assert set(times) == {"good"} and len(times["good"].samples) == 20
+    assert isinstance(failed["bad"], OutOfResources)
+    assert race({"bad": [fails]}, failed=failed) == {}
+    with pytest.raises(OutOfResources):
+        race({"bad": [fails], "good": [lambda: None]})
+
 
 def test_sets_exceed_the_cache_twice():
     size = cache_bytes("cpu")

@@ -63,6 +63,30 @@ TRITON = {
     "stale cache slot": ("cache_append", "(position % page).to", "(tl.maximum(position - 1, 0) % page).to"),
     "pad appended": ("cache_append", "if position >= 0:", "if position >= -1:"),
     "heads run together": ("cache_append", "h * stride_vph", "h * D"),
+    "end of the row unsummed": ("softmax_xent", "        m, s = _take_lanes(m, s, x)\n    top", "    top"),
+    "lanes' sums not rescaled": ("softmax_xent", "tl.sum(s * tl.exp2((m - origin) * LOG2E), axis=0)",
+                                 "tl.sum(s, axis=0)"),
+    "gradient over the logits unscaled": ("softmax_xent", "tl.where(inside, dloss /", "tl.where(inside, 1.0 /"),
+    "label's gradient without -1": ("softmax_xent", "/ total - 1.0) * dloss", "/ total) * dloss"),
+    "label read too late": (
+        "softmax_xent", "    at_label = ",
+        "    label = tl.load(x_ptr + y, mask=inside, other=0.0).to(tl.float32)\n    at_label = ",
+    ),
+    "ignored row keeps a gradient": ("softmax_xent", "tl.where(ignored, 0.0, dx)", "dx"),
+    "unbiased variance": ("layer_norm", "difference, axis=0) / C", "difference, axis=0) / (C - 1)"),
+    "norm's mean of the gradient": ("layer_norm", "(g - mean_g - h * mean_gh)", "(g - h * mean_gh)"),
+    "residual's gradient lost": ("layer_norm", "dx += ds.to(tl.float32)", "dx += 0.0 * ds.to(tl.float32)"),
+    "row ahead is this one": ("layer_norm", "n + programs, N, c, C)", "n, N, c, C)"),
+    "32-bit address of a row": ("layer_norm", "n = tl.program_id(0).to(tl.int64)", "n = tl.program_id(0)"),
+    "columns beyond C": ("layer_norm", "inside = c < C\n", "inside = c < C + 1\n"),
+    "slope of the sigmoid alone": ("bias_gelu", "* (p + bend)", "* p"),
+    "bias of another block": ("bias_gelu", "bias_ptr + c, mask=c < C", "bias_ptr + c % BLOCK_C, mask=c < C"),
+    "dbias of the last rows alone": ("bias_gelu", "dbias += tl.sum", "dbias = tl.sum"),
+    "partial sum lost": ("column_sums", "(p[:, None] < P)", "(p[:, None] < tl.maximum(P - 1, 1))"),
+    "moments' bias not corrected": ("adamw", "learning_rate / (1.0 - beta1**step)", "learning_rate"),
+    "gradients not scaled": ("adamw", "mask=inside) * scale", "mask=inside)"),
+    "tail of the buffer lost": ("grad_norm", "if program == programs - 1:", "if program == programs:"),
+    "every program's first block": ("grad_norm", "g_ptr + block * BLOCK", "g_ptr + program * BLOCK"),
 }
 CUDA = {
     "mask off by one": ("attention", "s > t + offset", "s > t + offset + 1"),
@@ -88,6 +112,20 @@ CUDA = {
     "32-bit address of a page": ("decode_attention", "page * op.stride_kp", "int32_t(page * op.stride_kp)"),
     "stale cache slot": ("cache_append", "row = position % op.page", "row = max(position - 1, int64_t(0)) % op.page"),
     "values in place of keys": ("cache_append", "to_v[h * op.stride_vph + d] = v[", "to_v[h * op.stride_vph + d] = k["),
+    "label read too late": ("softmax_xent", "const float p = OnlineSoftmax::exp(x_label - origin)",
+                            "const float p = OnlineSoftmax::exp(to_float(x[y]) - origin)"),
+    "label's gradient without -1": ("softmax_xent", "x[y] = from_float<T>((p - 1.0f) * dloss);", ""),
+    "label of another thread": ("softmax_xent", "(y - head) / kSize % kThreads", "y / kSize % kThreads"),
+    "edge unsummed": ("softmax_xent", "  state.merge({x_edge, 1.0f});\n", ""),
+    "edge unwritten": ("softmax_xent", "  if (at_edge) x[edge] = from_float<T>(OnlineSoftmax", "  if (false) x[edge] = "
+                       "from_float<T>(OnlineSoftmax"),
+    "gradient over the logits unscaled": ("softmax_xent", "scale = dloss / state.s", "scale = 1.0f / state.s"),
+    "label's gradient unscaled": ("softmax_xent", "(p - 1.0f) * dloss", "p - 1.0f"),
+    "warps' sums unmerged": ("softmax_xent", "merge_lanes(of_warp[threadIdx.x % kWarps], kWarps)",
+                             "of_warp[threadIdx.x / 32]"),
+    "more shared memory than asked for": ("softmax_xent", "op.V * int64_t(sizeof(T)) / 16 * 16",
+                                          "(op.V * int64_t(sizeof(T)) - 1) / 16 * 16"),
+    "ignored row keeps a gradient": ("softmax_xent", "if (y == op.ignore || !valid) {", "if (!valid) {"),
     "32-bit address of a slot": ("cache_append", "page * op.stride_kpp", "int32_t(page * op.stride_kpp)"),
 }
 
@@ -112,9 +150,12 @@ def altered(folder, suffix, bug):
     return source.replace(text, wrong)
 
 
+SHARED = {"dropout": "attention", "column_sums": "layer_norm"}  # a file of several ops: whose tests are run
+
 # The tests that are run for a bug, by words of its name; a bug of none of them must be caught by the tests of shapes.
 CATCHERS = {
-    "dropout": "dropout", "32-bit": "2_to_the_31", "beyond": "guard_pages", "": "shapes or long or unequal or append",
+    "dropout": "dropout", "32-bit": "2_to_the_31", "beyond": "guard_pages",
+    "": "shapes or sizes or long or unequal or append or over or below",
 }
 
 
@@ -144,7 +185,7 @@ def test_nothing_planted(op, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", TRITON)
 def test_every_bug_in_triton_is_caught(name, tmp_path, capsys):
-    done = run_triton(tmp_path, TRITON[name][0].replace("dropout", "attention"), name)
+    done = run_triton(tmp_path, SHARED.get(TRITON[name][0], TRITON[name][0]), name)
     failed = re.findall(r"^FAILED \S*::(\S+)", done.stdout, re.MULTILINE)
     crashed = done.returncode < 0  # a guard page
     assert crashed or done.returncode == 1 and failed, f"{name}: nobody noticed\n{done.stdout[-2000:]}"

@@ -130,7 +130,7 @@ LAYERS = {
                         "ordered.cumsum(-1) >= top_p", "test_generation.py"),
     "accumulation sums": ("fastlm/training/trainer.py", "loss * (count / config.batch_size)", "loss * 1.0",
                           "test_training.py"),
-    "a chunk's gradient lost": ("fastlm/chunked.py", "if dw is None else dw.add_(part)", "",
+    "a chunk's gradient lost": ("fastlm/chunked.py", "if total is None else total.add_(part)", "",
                                 "test_linear_xent.py"),
     "the mean over all rows": ("fastlm/chunked.py", "count = (y != ignore).sum()", "count = torch.tensor(len(y))",
                                "test_linear_xent.py"),
@@ -146,6 +146,17 @@ LAYERS = {
                                "test_data_loader.py"),
     "the certificate allows all": ("fastlm/certificate.py", "return self.ratio <= 1", "return True",
                                    "test_certificate.py"),
+    "a failure is a refusal": ("fastlm/certificate.py", "failed = not isinstance(error, dispatch.Refused)",
+                               "failed = False", "test_refusals.py"),
+    "our failure is a refusal": ("benchmarks/harness.py", "if not ours or isinstance(error, dispatch.Refused):",
+                                 "if True:", "test_refusals.py"),
+    "another's backward is credited": ("fastlm/certificate.py", "for op, backend in calls:\n        if backward or",
+                                       "for op, backend in calls:\n        if False and backward or",
+                                       "test_refusals.py"),
+    "NaN behind a good result": ("fastlm/numerics.py", "if self.error != self.error:", "if False:",
+                                 "test_refusals.py"),
+    "the backward's backend for all": ("fastlm/training/trainer.py", "if backends.setdefault(", "if backends.get(",
+                                       "test_training.py"),
 }
 
 RUN = """

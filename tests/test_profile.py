@@ -140,8 +140,8 @@ def test_small_rows_are_one(tmp_path):
 
 
 def test_hooks_are_gone_afterwards_even_when_the_step_raises(monkeypatch, tmp_path):
-    made, make = [], profile_run._model
-    monkeypatch.setattr(profile_run, "_model", lambda plan: made.append(make(plan)) or made[-1])
+    made, make = [], profile_run.model_of
+    monkeypatch.setattr(profile_run, "model_of", lambda plan: made.append(make(plan)) or made[-1])
     plan = profile_run.plan("train", shape=TINY, steps=1, out=tmp_path / "t.json")
     profile_run.run(plan)
     assert hooks(made[0]) == 0 and (tmp_path / "t.json").is_file()

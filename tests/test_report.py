@@ -171,6 +171,14 @@ def test_few_or_broken_rows_are_a_page_still(rows):
     assert "NVIDIA H200" in read(of(*rows)).text
 
 
+def test_what_failed_and_who_ran_a_part_is_told():
+    ran = {"attention_qkv_fwd": "cuda", "attention_qkv_bwd": "torch<b>"}
+    told = read(of(row("fastlm triton", 5.0), refused("fastlm cuda", None) | {"failed": "no kernel <b>image"},
+                   row("fastlm torch", 6.0, ran=ran), row("eager", 7.0, ran="odd"))).text
+    assert "1 FAILED" in told and "FAILED: no kernel <b>image" in told and "0 WRONG" in told
+    assert "ran: attention_qkv_fwd on cuda, attention_qkv_bwd on torch<b>" in told
+
+
 def test_no_files_are_a_page_still():
     assert "No results yet." in Reader(page([], [])).text
     assert "No results yet." not in read({"head": {}, "roofs": {}, "rows": [row("fastlm triton", 5.0)]}).text

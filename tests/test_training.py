@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 import fastlm
+from fastlm import backends, dispatch
 from fastlm.training import checkpoint
 from fastlm.training import optimizer as optimizer_module
 from fastlm.training import trainer as trainer_module
@@ -207,6 +208,38 @@ def test_bf16_and_compiled_runs(text, tmp_path, monkeypatch):
     for changes in ({"dtype": "bf16"}, {"compile": True, "dropout": 0.0, "steps": 3}):
         trainer = Trainer(config(text, tmp_path / str(len(changes)), **changes))
         assert trainer.run() and all(value.dtype == torch.float32 for value in weights(trainer).values())
+
+
+def test_a_backend_that_leaves_the_backward_to_another(text, tmp_path, monkeypatch):
+    """What runs it is told, and holds for the run that is resumed, whatever would be chosen then."""
+    monkeypatch.setitem(backends.BACKENDS, "half", (("cpu",), lambda: None))
+    monkeypatch.setitem(dispatch.TABLE["attention_qkv_fwd"].kernels, "half", "fastlm.reference")
+    given, notes = config(text, tmp_path / "run", dropout=0.0, steps=4), Notes()
+    with fastlm.use(attention="half", attention_qkv_bwd="reference"):
+        trainer = Trainer(given, report=notes)
+    told = "attention runs on half, but attention_qkv_bwd on reference"
+    assert trainer.backends["attention"] == "half" and trainer.backends["attention_qkv_bwd"] == "reference"
+    with dispatch.record() as calls:
+        assert trainer.run()
+    assert {backend for op, backend in calls if op == "attention_qkv_fwd"} == {"half"}
+    assert {backend for op, backend in calls if op == "attention_qkv_bwd"} == {"reference"} and told in notes.said
+    notes = Notes()
+    again = Trainer.resume(tmp_path / "run", report=notes, steps=6)
+    assert again.backends == trainer.backends
+    with dispatch.record() as calls:
+        assert again.run()
+    assert {backend for op, backend in calls if op == "attention_qkv_bwd"} == {"reference"} and told in notes.said
+
+
+def test_a_backend_that_is_forced_has_the_op(text, tmp_path, monkeypatch):
+    """The forward is the forced one's although what ran last, the backward, is another's."""
+    monkeypatch.setitem(backends.BACKENDS, "half", (("cpu",), lambda: None))
+    monkeypatch.setitem(dispatch.TABLE["attention_qkv_fwd"].kernels, "half", "fastlm.reference")
+    with fastlm.use(attention="half"):
+        trainer = Trainer(config(text, tmp_path / "run", dropout=0.0))
+    assert trainer.backends["attention"] == "half" and trainer.backends["attention_qkv_bwd"] != "half"
+    assert set(Trainer(config(text, tmp_path / "other", dropout=0.0)).backends) <= {
+        row.family for row in dispatch.TABLE.values()}
 
 
 # ---- killed and resumed

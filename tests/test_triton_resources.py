@@ -13,7 +13,8 @@ pytest.importorskip("triton", reason="triton is not installed")
 def test_budgets(architecture, dtypes):
     rows = resources.report_elsewhere([architecture], dtypes)
     assert {row["dtype"] for row in rows} == set(dtypes) and len(rows) >= 25 * len(dtypes)
-    assert {row["kernel"].split()[0] for row in rows} == set(resources.LIMITS)
+    optimizer = {"adamw", "grad_norm_partial", "grad_norm_merge"} if "fp32" not in dtypes else set()  # fp32 alone
+    assert {row["kernel"].split()[0] for row in rows} == set(resources.LIMITS) - optimizer
     for row in rows:
         assert row["shared"] <= resources.SHARED_LIMIT[architecture] * 1024, row
         assert row["narrow_rows"] == 0, row

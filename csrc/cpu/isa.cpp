@@ -1,5 +1,6 @@
 // Chooses the widest instruction set that was built and that this CPU has; FASTLM_CPU_ISA asks for a lower one.
 #include "isa.h"
+#include "isa_has.h"
 
 #include <cstdlib>
 #include <stdexcept>
@@ -8,33 +9,19 @@
 namespace fastlm::cpu {
 namespace {
 
-enum class Isa { generic, avx2, avx512, avx512bf16 };  // ascending
-
-bool has(Isa isa) {
+bool built(Isa isa) {
   switch (isa) {
-    case Isa::generic:
-      return true;
-    case Isa::avx2:
 #ifdef FASTLM_HAVE_AVX2
-      return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-#else
-      return false;
+    case Isa::avx2: return true;
 #endif
-    case Isa::avx512:
 #ifdef FASTLM_HAVE_AVX512
-      return has(Isa::avx2) && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-             __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-#else
-      return false;
+    case Isa::avx512: return true;
 #endif
-    case Isa::avx512bf16:
 #ifdef FASTLM_HAVE_AVX512BF16
-      return has(Isa::avx512) && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
-#else
-      return false;
+    case Isa::avx512bf16: return true;
 #endif
+    default: return isa == Isa::generic;
   }
-  return false;
 }
 
 constexpr const char* kNames[] = {"generic", "avx2", "avx512", "avx512bf16"};  // by Isa
@@ -43,7 +30,7 @@ Isa choose() {
   const char* asked = std::getenv("FASTLM_CPU_ISA");
   int number = 3;
   if (!asked || !*asked) {
-    while (!has(Isa(number))) number--;
+    while (!built(Isa(number)) || !has(Isa(number))) number--;
     return Isa(number);
   }
   const std::string name = asked;
@@ -52,7 +39,11 @@ Isa choose() {
     throw std::invalid_argument("FASTLM_CPU_ISA is '" + name + "', wanted avx512bf16, avx512, avx2 or generic");
   }
   const Isa isa = Isa(number);
-  if (!has(isa)) throw std::runtime_error("FASTLM_CPU_ISA is '" + name + "', which this CPU or build does not have");
+  if (!has(isa)) throw std::runtime_error("FASTLM_CPU_ISA is '" + name + "', which this CPU does not have");
+  if (!built(isa)) {
+    throw std::runtime_error("FASTLM_CPU_ISA is '" + name + "', which was not built; FASTLM_TARGETS=all pip install -e . "
+                             "builds all of them");
+  }
   return isa;
 }
 
@@ -64,6 +55,13 @@ Isa chosen() {
 }  // namespace
 
 const char* isa() { return kNames[int(chosen())]; }
+
+std::string isas() {
+  std::string names;
+  for (int number = 0; number < 4; number++)
+    if (built(Isa(number))) names += (names.empty() ? "" : ", ") + std::string(kNames[number]);
+  return names;
+}
 
 #ifdef FASTLM_HAVE_AVX512BF16
 #define FASTLM_AVX512BF16(op) if (chosen() == Isa::avx512bf16) return avx512bf16::op(args, threads);

@@ -8,9 +8,17 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 #define FASTLM_SHARED(type, name, count) __shared__ __align__(16) type name[count]
+// Shared memory whose size the launch gives, of one kind in a kernel.
+#define FASTLM_DYNAMIC_SHARED(type, name)                                 \
+  extern __shared__ __align__(16) unsigned char fastlm_dynamic_shared[]; \
+  type* const name = reinterpret_cast<type*>(fastlm_dynamic_shared)
 #define FASTLM_LAUNCH(kernel, grid, block, stream, ...) kernel<<<grid, block, 0, stream>>>(__VA_ARGS__)
+// With `bytes` of dynamic shared memory, at most shared_limit() of them.
+#define FASTLM_LAUNCH_SHARED(kernel, grid, block, bytes, stream, ...) \
+  (fastlm::cuda::allow_shared(kernel, bytes), kernel<<<grid, block, bytes, stream>>>(__VA_ARGS__))
 #endif
 
+#include <atomic>
 #include <stdexcept>
 #include <string>
 
@@ -19,6 +27,39 @@
 namespace fastlm::cuda {
 
 constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
+
+#ifndef FASTLM_EMULATED
+// Bytes of dynamic shared memory that a block may have on the current device beside kStaticShared; asked once a device.
+constexpr int kStaticShared = 256;
+inline int shared_limit() {
+  constexpr int kDevices = 64;
+  static std::atomic<int> limits[kDevices];
+  int device = 0, limit = 0;
+  if (cudaGetDevice(&device) != cudaSuccess) return 0;
+  if (device < kDevices) limit = limits[device];
+  if (limit) return limit;
+  if (cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) != cudaSuccess) return 0;
+  limit -= kStaticShared;
+  if (device < kDevices) limits[device] = limit;
+  return limit;
+}
+
+// Lets a kernel have more than the 48 KB that any may; always as much as there is, since another thread may be about to
+// launch the same kernel with more.
+template <class Kernel>
+void allow_shared(Kernel kernel, int bytes) {
+  if (bytes + kStaticShared <= 48 * 1024) return;
+  cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_limit());
+  cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
+}
+
+// 2^x as the exponential unit gives it; exp2f would scale before and after, for results that are denormal.
+__device__ inline float exp2_approx(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+#endif
 
 __device__ inline float to_float(float x) { return x; }
 __device__ inline float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
@@ -32,6 +73,17 @@ template <>
 __device__ inline __nv_bfloat16 from_float<__nv_bfloat16>(float x) { return __float2bfloat16(x); }
 template <>
 __device__ inline __half from_float<__half>(float x) { return __float2half(x); }
+
+// Two neighbours, rounded by one instruction where they are narrow.
+__device__ inline void store_pair(float* to, float first, float second) { to[0] = first, to[1] = second; }
+__device__ inline void store_pair(__nv_bfloat16* to, float first, float second) {
+  const __nv_bfloat162 pair = __floats2bfloat162_rn(first, second);
+  to[0] = pair.x, to[1] = pair.y;
+}
+__device__ inline void store_pair(__half* to, float first, float second) {
+  const __half2 pair = __floats2half2_rn(first, second);
+  to[0] = pair.x, to[1] = pair.y;
+}
 
 // 16 bytes of T, moved by one instruction.
 template <class T>
@@ -53,7 +105,7 @@ struct OnlineSoftmax {
 
   // The exponents' origin: m, or 0 while nothing but -inf was seen (-inf minus itself would be NaN).
   __device__ static float origin(float m) { return m == -INFINITY ? 0.0f : m; }
-  __device__ static float exp(float x) { return exp2f(x * kLog2e); }
+  __device__ static float exp(float x) { return exp2_approx(x * kLog2e); }
 
   __device__ void merge(OnlineSoftmax other) {
     const float top = fmaxf(m, other.m), from = origin(top);

@@ -6,7 +6,9 @@
 //
 // A block owns a row. Forward reads it once, in 16-byte vectors where the row allows (its first elements up to a
 // boundary and its last ones singly); every thread keeps a running maximum and sum, merged over lanes, then over
-// warps, in a fixed order. Backward reads x once and writes dx once.
+// warps, in a fixed order. Backward reads x once and writes dx once. In place both are one kernel, which keeps the row
+// in shared memory (101 KB at V = 50257, bf16: two blocks a multiprocessor, so that one reads while the other writes):
+// one read and one write in all. A row that does not fit is read a second time.
 // Source of the online softmax: Milakov and Gimelshein, arXiv 1805.02867.
 #include "common.cuh"
 
@@ -14,6 +16,7 @@ namespace fastlm::cuda {
 namespace {
 
 constexpr int kThreads = 512, kWarps = kThreads / 32;
+constexpr int kAhead = 4;  // vectors that a thread has on the way before it uses one
 
 template <class T>
 __device__ void take(OnlineSoftmax& state, const T* x, int count) {
@@ -25,16 +28,37 @@ __device__ void take(OnlineSoftmax& state, const T* x, int count) {
   state = {top, s};
 }
 
+// The state of `lanes` neighbouring lanes, in each of them.
+__device__ OnlineSoftmax merge_lanes(OnlineSoftmax state, int lanes) {
+  float top = state.m;
+  for (int offset = lanes / 2; offset; offset /= 2) top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, offset));
+  float s = state.s * OnlineSoftmax::exp(state.m - OnlineSoftmax::origin(top));
+  for (int offset = lanes / 2; offset; offset /= 2) s += __shfl_xor_sync(0xffffffffu, s, offset);
+  return {top, s};
+}
+
 // The state of the whole block, in every thread.
 __device__ OnlineSoftmax merge_block(OnlineSoftmax state) {
   FASTLM_SHARED(OnlineSoftmax, of_warp, kWarps);
-  for (int offset = 16; offset; offset /= 2)
-    state.merge({__shfl_xor_sync(0xffffffffu, state.m, offset), __shfl_xor_sync(0xffffffffu, state.s, offset)});
+  state = merge_lanes(state, 32);
   if (threadIdx.x % 32 == 0) of_warp[threadIdx.x / 32] = state;
   __syncthreads();
-  state = of_warp[0];
-  for (int warp = 1; warp < kWarps; warp++) state.merge(of_warp[warp]);
-  return state;
+  return merge_lanes(of_warp[threadIdx.x % kWarps], kWarps);
+}
+
+// use(i, load(i)) for the vectors of this thread.
+template <class Load, class Use>
+__device__ void for_vectors(int64_t vectors, Load load, Use use) {
+  int64_t i = threadIdx.x;
+  for (int64_t last = i + (kAhead - 1) * kThreads; last < vectors; last += kAhead * kThreads) {
+    decltype(load(i)) loaded[kAhead];
+#pragma unroll
+    for (int k = 0; k < kAhead; k++) loaded[k] = load(i + k * kThreads);
+#pragma unroll
+    for (int k = 0; k < kAhead; k++) use(i + k * kThreads, loaded[k]);
+    i = last + kThreads;
+  }
+  for (; i < vectors; i += kThreads) use(i, load(i));
 }
 
 template <class T>
@@ -46,10 +70,8 @@ __global__ void __launch_bounds__(kThreads) _softmax_xent_fwd_kernel(SoftmaxXent
   const Vector<T>* body = reinterpret_cast<const Vector<T>*>(x + head);            // (vectors,)
 
   OnlineSoftmax state = {-INFINITY, 0.0f};
-  for (int64_t i = threadIdx.x; i < vectors; i += kThreads) {
-    const Vector<T> loaded = body[i];
-    take(state, loaded.at, kSize);
-  }
+  for_vectors(vectors, [&](int64_t i) { return body[i]; },
+              [&](int64_t, const Vector<T>& loaded) { take(state, loaded.at, kSize); });
   for (int64_t v = threadIdx.x; v < head; v += kThreads) take(state, x + v, 1);
   for (int64_t v = head + vectors * kSize + threadIdx.x; v < V; v += kThreads) take(state, x + v, 1);
   state = merge_block(state);
@@ -101,6 +123,61 @@ __global__ void __launch_bounds__(kThreads) _softmax_xent_bwd_kernel(SoftmaxXent
     dx[v] = v == y ? from_float<T>(at_label) : gradient(x[v], lse, dloss);
 }
 
+// A thread writes nothing but what it has read itself. `kStaged`: into shared memory, from where it takes it again.
+template <class T, bool kStaged>
+__global__ void __launch_bounds__(kThreads, 2) _softmax_xent_both_kernel(SoftmaxXentBoth op) {
+  constexpr int kSize = Vector<T>::kSize;
+  FASTLM_DYNAMIC_SHARED(Vector<T>, stage);                                         // (vectors,)
+  const int64_t n = blockIdx.x, V = op.V, y = op.y[n];
+  const float dloss = op.dloss[n];
+  T* x = static_cast<T*>(op.x) + n * op.stride_xn;                                 // (V,)
+  // Also where V < head < kSize: no vectors.
+  const int64_t head = elements_to_boundary(x), vectors = (V - head) / kSize;
+  Vector<T>* body = reinterpret_cast<Vector<T>*>(x + head);                        // (vectors,)
+  // The one element outside the vectors that this thread owns, if there is one.
+  const int64_t edge = threadIdx.x + (threadIdx.x < head ? 0 : vectors * kSize);
+  const bool at_edge = edge < V;
+  const float x_edge = at_edge ? to_float(x[edge]) : -INFINITY;
+
+  OnlineSoftmax state = {-INFINITY, 0.0f};
+  for_vectors(vectors, [&](int64_t i) { return body[i]; },
+              [&](int64_t i, const Vector<T>& loaded) {
+                if constexpr (kStaged) stage[i] = loaded;
+                take(state, loaded.at, kSize);
+              });
+  state.merge({x_edge, 1.0f});
+  const bool valid = !(y < 0 || y >= V), in_body = y >= head && y < head + vectors * kSize;
+  const bool mine = valid && (in_body ? (y - head) / kSize % kThreads == threadIdx.x : y == edge);
+  const float x_label = mine ? to_float(x[y]) : 0.0f;  // before this thread overwrites it, and no other does
+  state = merge_block(state);
+
+  if (threadIdx.x == 0) op.lse[n] = state.m + state.log_sum();
+  if (y == op.ignore || !valid) {
+    const float fill = y == op.ignore ? 0.0f : NAN;
+    Vector<T> values;
+    for (int j = 0; j < kSize; j++) values.at[j] = from_float<T>(fill);
+    for (int64_t i = threadIdx.x; i < vectors; i += kThreads) body[i] = values;
+    if (at_edge) x[edge] = from_float<T>(fill);
+    if (threadIdx.x == 0) op.loss[n] = fill;
+    return;
+  }
+  // p is exp(x - m) / s, not exp(x - lse): where logits are large, lse has been rounded to their size.
+  const float origin = OnlineSoftmax::origin(state.m), scale = dloss / state.s;
+  for_vectors(vectors, [&](int64_t i) { return kStaged ? stage[i] : body[i]; },
+              [&](int64_t i, Vector<T> values) {
+                for (int j = 0; j < kSize; j += 2)
+                  store_pair(values.at + j, OnlineSoftmax::exp(to_float(values.at[j]) - origin) * scale,
+                             OnlineSoftmax::exp(to_float(values.at[j + 1]) - origin) * scale);
+                body[i] = values;
+              });
+  if (at_edge) x[edge] = from_float<T>(OnlineSoftmax::exp(x_edge - origin) * scale);
+  if (mine) {
+    const float p = OnlineSoftmax::exp(x_label - origin) / state.s;
+    x[y] = from_float<T>((p - 1.0f) * dloss);
+    op.loss[n] = state.log_sum() - (x_label - state.m);
+  }
+}
+
 template <class T>
 void fwd(const SoftmaxXentFwd& op, cudaStream_t stream) {
   FASTLM_LAUNCH(_softmax_xent_fwd_kernel<T>, dim3(op.N), dim3(kThreads), stream, op);
@@ -109,6 +186,15 @@ void fwd(const SoftmaxXentFwd& op, cudaStream_t stream) {
 template <class T>
 void bwd(const SoftmaxXentBwd& op, cudaStream_t stream) {
   FASTLM_LAUNCH(_softmax_xent_bwd_kernel<T>, dim3(op.N), dim3(kThreads), stream, op);
+}
+
+template <class T>
+void both(const SoftmaxXentBoth& op, cudaStream_t stream) {
+  const int64_t bytes = op.V * int64_t(sizeof(T)) / 16 * 16;
+  if (bytes <= shared_limit())
+    FASTLM_LAUNCH_SHARED((_softmax_xent_both_kernel<T, true>), dim3(op.N), dim3(kThreads), int(bytes), stream, op);
+  else
+    FASTLM_LAUNCH((_softmax_xent_both_kernel<T, false>), dim3(op.N), dim3(kThreads), stream, op);
 }
 
 }  // namespace
@@ -131,6 +217,16 @@ void softmax_xent_bwd(const SoftmaxXentBwd& op, cudaStream_t stream) {
     case DType::f16: bwd<__half>(op, stream); break;
   }
   check_launch("softmax_xent_bwd");
+}
+
+void softmax_xent_(const SoftmaxXentBoth& op, cudaStream_t stream) {
+  if (op.N == 0) return;
+  switch (op.dtype) {
+    case DType::f32: both<float>(op, stream); break;
+    case DType::bf16: both<__nv_bfloat16>(op, stream); break;
+    case DType::f16: both<__half>(op, stream); break;
+  }
+  check_launch("softmax_xent_");
 }
 
 }  // namespace fastlm::cuda

@@ -40,4 +40,4 @@ def main():
 
 def _is_ours(error):
     """Whether an error is a message to the user: not a failure inside a library such as torch."""
-    return not (isinstance(error, RuntimeError) and type(error).__module__ != "builtins")
+    return not isinstance(error, RuntimeError) or type(error).__module__.partition(".")[0] in ("builtins", "fastlm")

@@ -20,7 +20,7 @@ def bench(
     compare: Annotated[str | None, typer.Option(help="A results file, or a commit, built anew: 1 if slower.")] = None,
     bound: Annotated[float, typer.Option(help="Slower than that share is a regression, noise allowed for.")] = 0.10,
 ):
-    """Measure the ops beside their peers, all in turn in one run. Exit code 1 where a kernel of ours is wrong."""
+    """Measure the ops beside their peers, all in turn in one run. Exit code 1 where one of ours fails or is wrong."""
     from rich.console import Console
     from rich.progress import Progress
 
@@ -65,7 +65,7 @@ def bench(
                     if turn >= case.passes:
                         continue
                     progress.update(task, description=case.name)
-                    new = measure(case, roof, seconds=seconds / case.passes, cold=not warm)
+                    new = harness.attempt(measure, case, roof, seconds=seconds / case.passes, cold=not warm)
                     progress.advance(task)
                     by_case[number] = new if turn == 0 else harness.merge(by_case[number], new)
                     if turn + 1 == case.passes:
@@ -75,13 +75,15 @@ def bench(
                         harness.write(out, about, vars(roof), rows)
         found = []
         if former is not None:
-            found = changes(former["rows"], rows)
+            found = changes(former["rows"], rows) if _timed(rows) else []
             for _ in range(2):  # what is slower once may be chance
                 slower = [case for case in cases if any(_slower(change, case, bound) for change in found)]
                 with _measurer(ops, device, sizes, dtype, slower) as measure:
                     for case in slower:
                         progress.update(task, description=f"again: {case.name}")
-                        again = changes(former["rows"], measure(case, roof, seconds=seconds, cold=not warm))
+                        new = harness.attempt(measure, case, roof, seconds=seconds, cold=not warm)
+                        rows += [row for row in new if "failed" in row]
+                        again = changes(former["rows"], new) if _timed(new) else []
                         found = [min([old, *(new for new in again if new.name == old.name)],
                                      key=lambda one: one.change) for old in found]
     console.print(LEGEND, style="dim", highlight=False)
@@ -89,7 +91,10 @@ def bench(
         console.print(f"\nwrote {out}", highlight=False)
     if former is not None:
         _show_changes(console, found, bound, former["head"])
-    if any(row.get("wrong") for row in rows) or any(change.verdict(bound) == "slower" for change in found):
+    faults = harness.faults(rows)
+    for told in faults:
+        console.print(told, style="bold red", markup=False, highlight=False, soft_wrap=True)
+    if faults or any(change.verdict(bound) == "slower" for change in found):
         raise typer.Exit(1)
 
 
@@ -104,6 +109,10 @@ def _measurer(ops, device, shape, dtypes, cases):
     with Apart(ops, device, shape, dtypes) as apart:
         yield lambda case, roof, **options: (
             apart.measure(case, roof, **options) if case.passes > 1 else case.run(device, roof, **options))
+
+
+def _timed(rows):
+    return any(row["ours"] and "median_us" in row for row in rows)
 
 
 def _slower(change, case, bound):
@@ -163,6 +172,8 @@ def _show_part(console, part, rows):
     from rich.table import Table
     from rich.text import Text
 
+    from fastlm.benchmarks import harness
+
     ours = next((row["median_us"] for row in rows if row.get("chosen")), None)
     timed = [row for row in rows if "median_us" in row]
     cells = {title: [cell(row, ours) for row in timed] for title, (_, cell) in COLUMNS.items()}
@@ -172,7 +183,7 @@ def _show_part(console, part, rows):
     for title in titles:
         table.add_column(title, justify="right", no_wrap=True, min_width=COLUMNS[title][0])
     for number, row in enumerate(timed):
-        name = f"[green]{row['contender']}, chosen[/]" if row["chosen"] else row["contender"]
+        name = f"[green]{harness.title(row)}, chosen[/]" if row["chosen"] else harness.title(row)
         table.add_row(name, *(cells[title][number] or "" for title in titles))
     if timed:
         console.print(table)
@@ -183,6 +194,8 @@ def _show_part(console, part, rows):
         if row.get("wrong"):
             told = f"{row['contender']} is WRONG: {row['error']:.2f} of the allowed error"
             console.print(Text(told, style="bold red"))
+        elif "failed" in row:
+            console.print(Text(f"{row['contender']} FAILED: {row['failed']}", style="bold red"))
         elif "refused" in row:
             console.print(Text(f"{row['contender']}: {row['refused']}", style="dim"))
 

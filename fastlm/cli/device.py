@@ -1,4 +1,8 @@
-"""--device of every command."""
+"""What commands that run kernels share: --device, and what is told of a kernel that raises."""
+
+import contextlib
+
+import typer
 
 
 def device_of(wanted):
@@ -10,3 +14,20 @@ def device_of(wanted):
     if wanted == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device is cuda, but this machine has no CUDA GPU that torch can use")
     return ("cuda" if torch.cuda.is_available() else "cpu") if wanted == "auto" else wanted
+
+
+@contextlib.contextmanager
+def failing(what):
+    """Ends the command with one line and exit code 1 where a kernel of ours raises within; a refusal goes on up."""
+    from rich.console import Console
+
+    from fastlm import dispatch
+
+    try:
+        yield
+    except (dispatch.Refused, typer.Exit):
+        raise
+    except Exception as error:
+        Console().print(f"{what} FAILED: {dispatch.failure(error)}", style="bold red", markup=False, highlight=False,
+                        soft_wrap=True)
+        raise typer.Exit(1) from None

@@ -1,4 +1,7 @@
-"""`fastlm doctor`: what is here, what was built, and for every op and backend whether it runs, or why not."""
+"""`fastlm doctor`: what is here, what was built, and for every op and backend whether it runs, or why not.
+
+A backend does not run an op where dispatch refuses, or the machine lacks it. A kernel that raises or gives NaN failed.
+"""
 
 import json
 from typing import Annotated
@@ -7,16 +10,25 @@ import typer
 
 
 def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False):
-    """Show what this machine has and, per op and backend, `runs` or the sentence why not."""
+    """Show what this machine has and, per op and backend, `runs` or the sentence why not. Exit code 1 on a failure."""
     found = examine()
     if as_json:
         print(json.dumps(found, indent=2))
     else:
         _show(found)
+    if any(cell.startswith(FAILED) for families in found["devices"].values() for row in families.values()
+           for cell in (row["default"], *row["backends"].values())):
+        raise typer.Exit(1)
+
+
+FAILED = "failed: "  # begins the cell of a kernel that raised
 
 
 def examine():
     """The findings as a dict: machine, build, devices with op → backend → "runs" or a sentence, and the choice; roofs.
+
+    A sentence that begins with "failed: " tells what a kernel raised, or that it gave NaN; all others tell why it is
+    not called.
 
     The roofs are measured where they are not known yet, which takes seconds.
     """
@@ -70,34 +82,57 @@ def _built():
 
 
 def _ops(device):
-    """op → {"backends": {backend: "runs" or why not}, "chosen": backend} for small calls on `device`."""
+    """op → what small calls on `device` tell:
+
+    backends    backend → "runs" or why not
+    chosen      the backend that dispatch chooses, None where it finds none
+    default     "runs" or why not, as dispatch chooses
+    others      backend → {torch op: the backend that ran it}, for those that leave a part of the op to another
+    """
     from fastlm import dispatch
     from fastlm.backends import BACKENDS
 
     findings = {}
     for family, call in _samples(device).items():
-        cells = {backend: _try(dispatch, family, backend, call) for backend in BACKENDS}
-        with dispatch.record() as calls:
-            call()
-        findings[family] = {"backends": cells, "chosen": next(iter(calls))[1]}
+        cells, others = {}, {}
+        for backend in BACKENDS:
+            cells[backend], ran = _try(dispatch, family, backend, call)
+            if elsewhere := {op: name for op, name in ran.items() if name != backend}:
+                others[backend] = elsewhere
+        default, ran = _called(dispatch, call)
+        findings[family] = {"backends": cells, "chosen": next(iter(ran.values()), None), "default": default,
+                            "others": others}
     return findings
 
 
 def _try(dispatch, family, backend, call):
-    """"runs" where the sample call really did, else the sentence why not."""
-    name = next(row.name for row in dispatch.TABLE.values() if row.family == family)
+    """("runs" where the sample call really did, else the sentence why not, torch op → the backend that ran it)."""
+    rows = [row.name for row in dispatch.TABLE.values() if row.family == family]
+    name = next((name for name in rows if backend in dispatch.TABLE[name].kernels), rows[0])
     if (reason := dispatch.why_not(name, backend)) is not None:
-        return reason
-    try:
-        with dispatch.use(**{family: backend}):
-            call()
-    except (RuntimeError, ValueError) as error:
-        return str(error)
-    return "runs"
+        return reason, {}
+    with dispatch.use(**{family: backend}):
+        told, ran = _called(dispatch, call)
+    if told == "runs" and backend not in ran.values():
+        told = f"{backend} has none of the ops that ran: " + ", ".join(f"{op} on {name}" for op, name in ran.items())
+    return told, ran if told == "runs" else {}
+
+
+def _called(dispatch, call):
+    """("runs" or what was raised, torch op → the backend that ran it)."""
+    with dispatch.record() as calls:
+        try:
+            if not all(bool(x.isfinite().all()) for x in call()):  # on a GPU it waits: what a kernel raises comes late
+                raise RuntimeError("the results hold NaN or infinity")
+        except dispatch.Refused as error:
+            return str(error), dict(calls.keys())
+        except Exception as error:
+            return FAILED + dispatch.failure(error), dict(calls.keys())
+    return "runs", dict(calls.keys())
 
 
 def _samples(device):
-    """A small call of every op, by family, in the dtype that is usual on the device."""
+    """A small call of every op, which returns its results, by family, in the dtype that is usual on the device."""
     import torch
 
     from fastlm import ops
@@ -111,11 +146,15 @@ def _samples(device):
 
     def softmax_xent():
         x = torch.randn(3, 37, **usual, requires_grad=True)
-        ops.softmax_xent(x, torch.tensor([0, 36, -100], device=device)).backward()
+        loss = ops.softmax_xent(x, torch.tensor([0, 36, -100], device=device))
+        loss.backward()
+        return loss, x.grad
 
     def attention():
         x = q.detach().requires_grad_()
-        ops.attention(x, x, x).sum().backward()
+        o = ops.attention(x, x, x)
+        o.sum().backward()
+        return o, x.grad
 
     x, w, y = torch.randn(3, 16, **usual), torch.randn(37, 16, **usual), torch.tensor([0, 36, -100], device=device)
     flat = [torch.rand(5, device=device) for _ in range(4)]
@@ -126,9 +165,20 @@ def _samples(device):
     def trained(function):
         def run():
             leaf = x.detach().requires_grad_()
-            function(leaf).sum().backward()
+            y = function(leaf)
+            y.sum().backward()
+            return y, leaf.grad
 
         return run
+
+    def adamw():
+        ops.adamw_(*flat, step=1, learning_rate=1e-3)
+        return flat
+
+    def cache_append():
+        cache = pages.clone(), pages.clone()
+        ops.cache_append_(*cache, q, q, table, positions)
+        return cache
 
     return {
         "softmax_xent": softmax_xent,
@@ -137,10 +187,10 @@ def _samples(device):
         "layer_norm": trained(lambda x: ops.layer_norm(x, w[0], w[1])),
         "linear_xent": trained(lambda x: ops.linear_xent(x, w, y)),
         "gpt2_blocks": trained(lambda x: ops.gpt2_blocks(x[None], blocks, heads=2)),
-        "adamw": lambda: ops.adamw_(*flat, step=1, learning_rate=1e-3),
-        "grad_norm": lambda: ops.grad_norm(flat[0]),
-        "decode_attention": lambda: ops.decode_attention(q, pages, pages, table, lengths),
-        "cache_append": lambda: ops.cache_append_(pages, pages.clone(), q, q, table, positions),
+        "adamw": adamw,
+        "grad_norm": lambda: [ops.grad_norm(flat[0])],
+        "decode_attention": lambda: [ops.decode_attention(q, pages, pages, table, lengths)],
+        "cache_append": cache_append,
     }
 
 
@@ -165,22 +215,30 @@ def _show(found):
 
     notes: list[str] = []
 
-    def cell(text, chosen):
-        if text == "runs":
-            return "[bold green]runs, chosen[/]" if chosen else "[green]runs[/]"
+    def note(text):
         if text not in notes:
             notes.append(text)
-        return f"[yellow]no ({notes.index(text) + 1})[/]"
+        return f"({notes.index(text) + 1})"
+
+    def cell(text, chosen, others):
+        if text == "runs":
+            told = "[bold green]runs, chosen[/]" if chosen else "[green]runs[/]"
+            elsewhere = ", ".join(f"{op} runs on {name}" for op, name in (others or {}).items())
+            return f"{told} {note(elsewhere)}" if others else told
+        return f"[bold red]FAILED {note(text)}[/]" if text.startswith(FAILED) else f"[yellow]no {note(text)}[/]"
 
     for device, families in found["devices"].items():
         backends = list(found["backends"])
         table = Table("op", *backends, title=f"tensors on {device}", title_justify="left", show_edge=False)
         for family, row in families.items():
-            cells = [cell(row["backends"][backend], backend == row["chosen"]) for backend in backends]
+            cells = [cell(row["backends"][backend], backend == row["chosen"], row["others"].get(backend))
+                     for backend in backends]
             table.add_row(family, *cells)
+            if row["default"] != "runs" and row["default"] not in notes:
+                note(f"{family}, as dispatch chooses, {row['default']}")
         console.print()
         console.print(table)
     if notes:
         console.print()
-        for number, note in enumerate(notes, 1):
-            console.print(f"({number}) {note}", highlight=False, soft_wrap=True)
+        for number, told in enumerate(notes, 1):
+            console.print(f"({number}) {told}", highlight=False, markup=False, soft_wrap=True)

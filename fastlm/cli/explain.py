@@ -11,13 +11,16 @@ def explain(
     dtype: Annotated[str, typer.Option(help="fp32, bf16 or fp16.")] = "bf16",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
 ):
-    """Tell of every kernel of an op: the backend chosen, why no other, the launch, bytes and FLOPs and their floor."""
+    """Tell of every kernel of an op: the backend chosen, why no other, the launch, bytes and FLOPs and their floor.
+
+    Exit code 1 where the one chosen raises.
+    """
     from rich.console import Console
 
     from fastlm.benchmarks import harness
     from fastlm.benchmarks.explanation import explanation
     from fastlm.cli.bench import sizes_of
-    from fastlm.cli.device import device_of
+    from fastlm.cli.device import device_of, failing
     from fastlm.measure.roofs import roofs
 
     device = device_of(device)
@@ -26,8 +29,9 @@ def explain(
     for case in whole.values():
         harness.plan(case, device)
     console, roof = Console(), roofs(device)
-    for line in explanation(whole.values()):
-        console.print(line, highlight=False, soft_wrap=True)
+    with failing(f"{op} {dtype}"):
+        for line in explanation(whole.values()):
+            console.print(line, highlight=False, soft_wrap=True)
     console.print()
     for case in whole.values():
         floor = roof.floor(bytes=case.bytes, flops=case.flops, dtype=case.dtype, traffic=case.traffic)

@@ -18,14 +18,17 @@ def profile(
     out: Annotated[Path, typer.Option(help="The trace, .json or .json.gz.")] = Path("profile.json"),
     ranges_only: Annotated[bool, typer.Option("--ranges-only", help="NVTX alone, for ncu, nsys.")] = False,
 ):
-    """Profile some steps: every op's time and share of the roof, every part's share, a trace for Perfetto."""
+    """Profile some steps: every op's time and share of the roof, every part's share, a trace for Perfetto.
+
+    Exit code 1 where a kernel of ours raises.
+    """
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # before torch: it would tell of its starts
     from rich.console import Console
 
     from fastlm.benchmarks import profile_run
     from fastlm.benchmarks.profile_trace import tables
     from fastlm.cli.bench import sizes_of
-    from fastlm.cli.device import device_of
+    from fastlm.cli.device import device_of, failing
     from fastlm.measure.roofs import device_name, roofs
 
     device = device_of(device)
@@ -37,8 +40,9 @@ def profile(
     if device == "cpu" and (load := os.getloadavg()[0]) > 0.5 * os.cpu_count():
         console.print(f"[yellow]the machine is busy (load {load:.1f}): expect noise[/]")
     roof = None if ranges_only else roofs(device)
-    with console.status(f"a step to warm up, then {steps}"):
-        found = profile_run.run(plan)
+    loaded = profile_run.model_of(plan)
+    with failing(f"{program} {dtype} {sizes}"), console.status(f"a step to warm up, then {steps}"):
+        found = profile_run.run(plan, loaded)
     if ranges_only:
         told = "with NVTX ranges" if device == "cuda" else "NVTX ranges need a CUDA GPU, so there were none"
         console.print(f"{found.seconds * 1e3:,.1f} ms a step, {found.tokens_per_s:,.0f} tokens/s; {told}",

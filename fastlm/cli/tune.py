@@ -14,7 +14,10 @@ def tune(
     dtype: Annotated[list[str] | None, typer.Option(help="fp32, bf16 or fp16; may be repeated.")] = None,
     seconds: Annotated[float, typer.Option(help="For every backend of a case.")] = 1.0,
 ):
-    """Measure every op's backends here and keep the table: from then on the fastest is chosen."""
+    """Measure every op's backends here and keep the table: from then on the fastest is chosen.
+
+    A backend that fails or is wrong is left out of the table, and the exit code is 1.
+    """
     from rich.console import Console
     from rich.progress import Progress
 
@@ -41,11 +44,17 @@ def tune(
         roof = roofs(device)
         for case in cases:
             progress.update(task, description=case.name)
-            rows += harness.measure(case, device, roof, seconds=seconds)
+            rows += harness.attempt(harness.measure, case, device, roof, seconds=seconds)
             progress.advance(task)
-    found = harness.fastest(rows)
-    path = tuned.save(device, harness.head(device), found)
+    found = [row for row in harness.fastest(rows) if row["order"]]
+    path = tuned.save(device, harness.head(device), found) if found else None  # a former table stays
     for row in found:
         times = ", ".join(f"{name} {row['us'][name]:,.0f}" for name in row["order"])
         console.print(f"{row['op']} {row['dtype']}: [green]{row['order'][0]}[/]   [dim]{times} µs[/]", highlight=False)
-    console.print(f"\nwrote {path}; dispatch reads it from now on", highlight=False, soft_wrap=True)
+    told = f"wrote {path}; dispatch reads it from now on" if found else "nothing was measured, and no table written"
+    console.print(f"\n{told}", highlight=False, soft_wrap=True)
+    faults = harness.faults(rows)
+    for told in faults:
+        console.print(told, style="bold red", markup=False, highlight=False, soft_wrap=True)
+    if faults or not found:
+        raise typer.Exit(1)

@@ -42,20 +42,21 @@ class Times:
         return self.spread > NOISY
 
 
-def race(contenders, *, device="cpu", seconds=1.0, batch_seconds=2e-3, rounds=(5, 50), before=None):
+def race(contenders, *, device="cpu", seconds=1.0, batch_seconds=2e-3, rounds=(5, 50), before=None, failed=None):
     """Times by name: every round takes one sample of every contender, each round beginning with another one.
 
     contenders: name → list of calls without arguments. About `seconds` are spent on each, in rounds[0] to rounds[1]
     rounds; a sample is a batch of calls that takes batch_seconds or more. before(name) goes ahead of each batch, and,
-    where a call takes less than LONG, one call, both untimed.
+    where a call takes less than LONG, one call, both untimed. failed: a dict that is given what a contender raised, by
+    name, while the others go on; without it the race ends.
     """
-    if not contenders:
-        return {}
     timer = _cuda_seconds if torch.device(device).type == "cuda" else _wall_seconds
-    circles, lengths, short, cost = {}, {}, set(), 0.0
+    circles, lengths, short, costs = {}, {}, set(), {}
     before = before or (lambda name: None)
-    for name, calls in contenders.items():
+
+    def enter(name):
         before(name)
+        calls = contenders[name]
         for call in calls:  # chooses, compiles, loads
             call()
         circles[name] = itertools.cycle(calls)
@@ -66,18 +67,35 @@ def race(contenders, *, device="cpu", seconds=1.0, batch_seconds=2e-3, rounds=(5
                 circles[name] = itertools.cycle(replays(calls))
             once = max(min(timer(circles[name], 1) for _ in range(2)), 1e-9)
         lengths[name] = max(1, math.ceil(batch_seconds / once))
-        cost += once * lengths[name]
-    fewest, most = rounds
-    count = min(most, max(fewest, int(seconds * len(contenders) / cost)))
+        costs[name] = once * lengths[name]
+
+    def sample(name):
+        before(name)
+        if name in short:
+            next(circles[name])()
+        samples[name].append(timer(circles[name], lengths[name]) / lengths[name])
+
+    def run(part, name):
+        try:
+            part(name)
+        except Exception as error:
+            if failed is None:
+                raise
+            failed[name] = error
+            samples.pop(name)
+
     samples = {name: [] for name in contenders}
-    names = list(contenders)
+    for name in contenders:
+        run(enter, name)
+    if not samples:
+        return {}
+    count = min(rounds[1], max(rounds[0], int(seconds * len(samples) / sum(costs[name] for name in samples))))
+    names = list(samples)
     for turn in range(count):
         first = turn % len(names)
         for name in names[first:] + names[:first]:
-            before(name)
-            if name in short:
-                next(circles[name])()
-            samples[name].append(timer(circles[name], lengths[name]) / lengths[name])
+            if name in samples:
+                run(sample, name)
     return {name: Times(tuple(taken)) for name, taken in samples.items()}
 
 
@@ -90,7 +108,7 @@ def replays(calls):
             with torch.cuda.graph(graph):
                 call()
             captured.append(graph.replay)
-    except RuntimeError:
+    except Exception:  # Triton's errors are no RuntimeErrors
         torch.cuda.synchronize()
         return calls
     return captured

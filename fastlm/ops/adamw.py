@@ -5,8 +5,13 @@ import torch
 from fastlm.checks import check, check_dtype
 from fastlm.dispatch import define
 
-KERNELS = {"cpu": "fastlm.native:cpu", "torch": "fastlm.vendor", "reference": "fastlm.reference"}
-ORDER = {"cpu": ("cpu", "torch", "reference"), "cuda": ("torch", "reference")}
+KERNELS = {
+    "triton": "fastlm.kernels.adamw",
+    "cpu": "fastlm.native:cpu",
+    "torch": "fastlm.vendor",
+    "reference": "fastlm.reference",
+}
+ORDER = {"cpu": ("cpu", "torch", "reference"), "cuda": ("triton", "torch", "reference")}
 
 
 def adamw_(p, g, exp_avg, exp_avg_sq, *, step, learning_rate, beta1=0.9, beta2=0.999, epsilon=1e-8, weight_decay=0.01,
@@ -34,7 +39,7 @@ def adamw_(p, g, exp_avg, exp_avg_sq, *, step, learning_rate, beta1=0.9, beta2=0
 
 
 def _limits(backend, p, *_):
-    if backend == "cpu" and p.dtype != torch.float32:
+    if backend in ("triton", "cpu") and p.dtype != torch.float32:
         return f"the {backend} kernel takes float32, got {p.dtype}"
     return None
 

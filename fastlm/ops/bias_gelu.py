@@ -5,8 +5,13 @@ import torch
 from fastlm.checks import check, check_dtype, inner_contiguous, refuse_double_backward
 from fastlm.dispatch import define
 
-KERNELS = {"cpu": "fastlm.native:cpu", "torch": "fastlm.vendor", "reference": "fastlm.reference"}
-ORDER = {"cpu": ("cpu", "torch", "reference"), "cuda": ("torch", "reference")}
+KERNELS = {
+    "triton": "fastlm.kernels.bias_gelu",
+    "cpu": "fastlm.native:cpu",
+    "torch": "fastlm.vendor",
+    "reference": "fastlm.reference",
+}
+ORDER = {"cpu": ("cpu", "torch", "reference"), "cuda": ("triton", "torch", "reference")}
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -40,7 +45,7 @@ class _BiasGelu(torch.autograd.Function):
 
 
 def _limits(backend, x, *_):
-    if backend == "cpu" and x.dtype not in KERNEL_DTYPES:
+    if backend in ("triton", "cpu") and x.dtype not in KERNEL_DTYPES:
         return f"the {backend} kernel takes float32, bfloat16 or float16, got {x.dtype}"
     return None
 

@@ -5,8 +5,13 @@ import torch
 from fastlm.checks import check, check_dtype
 from fastlm.dispatch import define
 
-KERNELS = {"cpu": "fastlm.native:cpu", "torch": "fastlm.vendor", "reference": "fastlm.reference"}
-ORDER = {"cpu": ("cpu", "torch", "reference"), "cuda": ("torch", "reference")}
+KERNELS = {
+    "triton": "fastlm.kernels.grad_norm",
+    "cpu": "fastlm.native:cpu",
+    "torch": "fastlm.vendor",
+    "reference": "fastlm.reference",
+}
+ORDER = {"cpu": ("cpu", "torch", "reference"), "cuda": ("triton", "torch", "reference")}
 
 
 def grad_norm(g):
@@ -20,7 +25,7 @@ def grad_norm(g):
 
 
 def _limits(backend, g):
-    if backend == "cpu" and g.dtype != torch.float32:
+    if backend in ("triton", "cpu") and g.dtype != torch.float32:
         return f"the {backend} kernel takes float32, got {g.dtype}"
     return None
 

@@ -5,9 +5,15 @@ import torch
 from fastlm.checks import check, check_dtype, inner_contiguous, refuse_double_backward
 from fastlm.dispatch import define
 
-KERNELS = {"cpu": "fastlm.native:cpu", "torch": "fastlm.vendor", "reference": "fastlm.reference"}
-ORDER = {"cpu": ("cpu", "torch", "reference"), "cuda": ("torch", "reference")}
+KERNELS = {
+    "triton": "fastlm.kernels.layer_norm",
+    "cpu": "fastlm.native:cpu",
+    "torch": "fastlm.vendor",
+    "reference": "fastlm.reference",
+}
+ORDER = {"cpu": ("cpu", "torch", "reference"), "cuda": ("triton", "torch", "reference")}
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+LARGEST_C = 4096  # of the triton kernel, which holds a row in registers
 
 
 def layer_norm(x, weight, bias, *, residual=None, epsilon=1e-5, dtype=None):
@@ -78,8 +84,11 @@ class _AddLayerNorm(torch.autograd.Function):
 
 
 def _limits(backend, *args):
+    C = args[0].shape[1]
+    if backend == "triton" and C > LARGEST_C:
+        return f"the triton kernel takes C up to {LARGEST_C}, got {C}"
     wrong = [arg.dtype for arg in args if isinstance(arg, torch.Tensor) and arg.dtype not in KERNEL_DTYPES]
-    if backend == "cpu" and wrong:
+    if backend in ("triton", "cpu") and wrong:
         return f"the {backend} kernel takes float32, bfloat16 or float16, got {wrong[0]}"
     return None
 
@@ -99,11 +108,12 @@ _ROW = {"family": "layer_norm", "kernels": KERNELS, "order": ORDER, "limits": _l
 _fwd = define(
     "layer_norm_fwd(Tensor x, Tensor? residual, Tensor weight, Tensor bias, float epsilon, ScalarType dtype)"
     " -> (Tensor y, Tensor s, Tensor mean, Tensor rstd)",
-    **_ROW, key=lambda x, residual, *_: (x.device, x.dtype, None if residual is None else residual.dtype),
-    fake=_fwd_fake,
+    **_ROW, fake=_fwd_fake,
+    key=lambda x, residual, *_: (x.device, x.dtype, None if residual is None else residual.dtype,
+                                 x.shape[1] > LARGEST_C),
 )
 _bwd = define(
     "layer_norm_bwd(Tensor dy, Tensor? ds, Tensor s, Tensor weight, Tensor mean, Tensor rstd, ScalarType dtype)"
     " -> (Tensor dx, Tensor dresidual, Tensor dweight, Tensor dbias)",
-    **_ROW, key=lambda dy, ds, s, *_: (s.device, dy.dtype, s.dtype), fake=_bwd_fake,
+    **_ROW, key=lambda dy, ds, s, *_: (s.device, dy.dtype, s.dtype, s.shape[1] > LARGEST_C), fake=_bwd_fake,
 )

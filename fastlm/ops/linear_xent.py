@@ -6,8 +6,14 @@ from fastlm.checks import check, check_dtype, refuse_double_backward
 from fastlm.dispatch import define
 from fastlm.ops.softmax_xent import check_labels
 
-KERNELS = {"cpu": "fastlm.chunked:cpu", "torch": "fastlm.chunked:torch_", "reference": "fastlm.reference"}
-ORDER = {"cpu": ("cpu", "torch", "reference"), "cuda": ("torch", "reference")}
+KERNELS = {
+    "cuda": "fastlm.chunked:cuda",
+    "triton": "fastlm.chunked:triton",
+    "cpu": "fastlm.chunked:cpu",
+    "torch": "fastlm.chunked:torch_",
+    "reference": "fastlm.reference",
+}
+ORDER = {"cpu": ("cpu", "torch", "reference"), "cuda": ("cuda", "triton", "torch", "reference")}
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -72,7 +78,7 @@ class _LinearXentGrad(torch.autograd.Function):
 
 
 def _limits(backend, h, *_):
-    if backend == "cpu" and h.dtype not in KERNEL_DTYPES:
+    if backend in ("cuda", "triton", "cpu") and h.dtype not in KERNEL_DTYPES:
         return f"the {backend} kernel takes float32, bfloat16 or float16, got {h.dtype}"
     return None
 

@@ -12,7 +12,7 @@ KERNELS = {
     "torch": "fastlm.vendor",
     "reference": "fastlm.reference",
 }
-ORDER = {"cpu": ("cpu", "torch", "reference"), "cuda": ("torch", "triton", "cuda", "reference")}
+ORDER = {"cpu": ("cpu", "torch", "reference"), "cuda": ("cuda", "triton", "torch", "reference")}
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -146,6 +146,5 @@ _bwd = define(
 )
 _both = define(
     "softmax_xent_(Tensor(a!) x, Tensor dloss, Tensor y, int ignore) -> (Tensor loss, Tensor lse)",
-    family="softmax_xent", kernels={name: home for name, home in KERNELS.items() if name not in ("cuda", "triton")},
-    order=ORDER, key=_key, limits=_limits, fake=lambda x, dloss, y, ignore: _fwd_fake(x, y, ignore),
+    **_ROW, key=_key, limits=_limits, fake=lambda x, dloss, y, ignore: _fwd_fake(x, y, ignore),
 )

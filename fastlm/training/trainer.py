@@ -110,7 +110,11 @@ class Trainer:
         ))
 
     def _resolve_backends(self):
-        """{op: backend} that this model's step runs on here, found by a step on two tokens."""
+        """{op: backend} that this model's step runs on here, found by a step on two tokens.
+
+        An op whose parts run on several backends has the first's, and each torch op that runs on another stands beside
+        it: {"attention": "cuda", "attention_qkv_bwd": "torch"}.
+        """
         state = torch.get_rng_state()
         with dispatch.record() as calls, self._autocast():
             tokens = torch.zeros(1, 2, dtype=torch.int64, device=self.device)
@@ -119,7 +123,11 @@ class Trainer:
             adamw_(*(torch.zeros(1, device=self.device) for _ in range(4)), step=1, learning_rate=0.0)
         self.optimizer.zero_grad()
         torch.set_rng_state(state)
-        return {dispatch.TABLE[op].family: backend for op, backend in calls}
+        backends = {}
+        for op, backend in calls:
+            if backends.setdefault(dispatch.TABLE[op].family, backend) != backend:
+                backends[op] = backend
+        return backends
 
     def _autocast(self):
         return autocast(self.config.dtype, self.device.type)
@@ -133,6 +141,9 @@ class Trainer:
         config.dump(self.out / "train.json")
         if self.device.type == "cpu":
             native.keep_heap()
+        for op, backend in self.backends.items():
+            if op in dispatch.TABLE and (family := dispatch.TABLE[op].family) != op:
+                self.report.say(f"{family} runs on {self.backends[family]}, but {op} on {backend}")
         with dispatch.use(**self.backends), self._signals():
             if self.step == 0:
                 self._log(self._first_loss(), self.evaluate(), None, None)

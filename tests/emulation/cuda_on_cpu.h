@@ -85,6 +85,8 @@ struct Block {
   size_t stacks_size = 0;
   dim3 grid, block;
   uint3 index;
+  std::unique_ptr<char, void (*)(void*)> shared{nullptr, free};  // dynamic, of its exact size: beyond it lies a redzone
+  size_t shared_size = 0;
   const std::function<void()>* body;
   Fiber* current;
   void* scheduler;
@@ -168,6 +170,7 @@ inline void prepare(Block& block, int threads) {
     block.fibers[i] = {top, stack, index, i % kWarp, i / kWarp, State::ready, 0, 0, nullptr, {}};
   }
   for (const SharedRegion& region : shared_regions()) std::memset(region.p, 0xff, region.size);
+  if (block.shared) std::memset(block.shared.get(), 0xff, block.shared_size);
 }
 
 // Lets the lanes of one warp go on whose barrier is complete: every lane it names waits there or has ended.
@@ -260,9 +263,13 @@ T exchange(unsigned mask, T value, int source) {
 }
 
 template <class Body>
-void launch(dim3 grid, dim3 threads, Body&& body) {
+void launch(dim3 grid, dim3 threads, size_t shared, Body&& body) {
   const std::function<void()> run(body);
   Block block;
+  void* memory = nullptr;
+  if (shared && posix_memalign(&memory, 16, shared)) std::abort();
+  block.shared.reset(static_cast<char*>(memory));
+  block.shared_size = shared;
   block.grid = grid;
   block.block = threads;
   block.body = &run;
@@ -273,6 +280,9 @@ void launch(dim3 grid, dim3 threads, Body&& body) {
         run_block(block);
       }
 }
+
+// Dynamic shared memory that a block may have, as on sm_90; a test lowers it.
+inline int shared_limit = 227 * 1024 - 256;
 
 // A __shared__ variable: static, and announced once.
 template <class T>
@@ -290,8 +300,15 @@ struct Shared {
 #define FASTLM_SHARED(type, name, count)           \
   static emu::Shared<type[count]> name##_storage; \
   type(&name)[count] = name##_storage.value
+#define FASTLM_DYNAMIC_SHARED(type, name) type* const name = reinterpret_cast<type*>(emu::running->shared.get())
 #define FASTLM_LAUNCH(kernel, grid, block, stream, ...) \
-  ((void)(stream), emu::launch(grid, block, [=] { kernel(__VA_ARGS__); }))
+  FASTLM_LAUNCH_SHARED(kernel, grid, block, 0, stream, __VA_ARGS__)
+#define FASTLM_LAUNCH_SHARED(kernel, grid, block, bytes, stream, ...) \
+  ((void)(stream), emu::launch(grid, block, bytes, [=] { kernel(__VA_ARGS__); }))
+
+namespace fastlm::cuda {
+inline int shared_limit() { return emu::shared_limit; }
+}
 
 inline void __syncthreads() {
   emu::running->current->state = emu::State::at_block_barrier;

@@ -47,6 +47,8 @@ struct __half2 { __half x, y; };
 inline __nv_bfloat162 __floats2bfloat162_rn(float x, float y) { return {__float2bfloat16(x), __float2bfloat16(y)}; }
 inline __half2 __floats2half2_rn(float x, float y) { return {__float2half(x), __float2half(y)}; }
 
+inline float exp2_approx(float x) { return std::exp2(x); }
+
 template <class T>
 T min(T a, T b) { return b < a ? b : a; }
 template <class T>

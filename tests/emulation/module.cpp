@@ -14,6 +14,7 @@ PYBIND11_MODULE(EMU_MODULE, m) {
   py::module_ on_cuda = m.def_submodule("cuda");
   bind_cuda<NoDevice>(on_cuda, "softmax_xent_fwd", cuda::softmax_xent_fwd);
   bind_cuda<NoDevice>(on_cuda, "softmax_xent_bwd", cuda::softmax_xent_bwd);
+  bind_cuda<NoDevice>(on_cuda, "softmax_xent_", cuda::softmax_xent_);
   bind_cuda<NoDevice>(on_cuda, "attention_fwd", cuda::attention_fwd);
   bind_cuda<NoDevice>(on_cuda, "decode_attention", cuda::decode_attention);
   bind_cuda<NoDevice>(on_cuda, "cache_append_", cuda::cache_append_);
