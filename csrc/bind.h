@@ -24,7 +24,7 @@ namespace py = pybind11;
 template <class Op>
 struct Field {
   const char* name;
-  std::function<void(Op&, const py::handle&)> set;
+  void (*set)(Op&, const py::handle&);
 };
 
 template <class Member>

@@ -38,6 +38,7 @@ PYBIND11_MODULE(_C, m) {
   py::module_ on_cpu = m.def_submodule("cpu");
   on_cpu.def("isa", cpu::isa);
   on_cpu.def("isas", cpu::isas);
+  on_cpu.def("widest_isa", cpu::widest_isa);
   on_cpu.def("keep_heap", cpu::keep_heap, py::kw_only(), py::arg("large"));
   bind_cpu(on_cpu, "softmax_xent_fwd", cpu::softmax_xent_fwd);
   bind_cpu(on_cpu, "softmax_xent_bwd", cpu::softmax_xent_bwd);

@@ -339,6 +339,8 @@ void draw(const Draw& op, int threads);
 const char* isa();
 // Those that were built, in ascending order: "generic, avx2".
 std::string isas();
+// The widest that this CPU has, built or not.
+const char* widest_isa();
 }  // namespace cpu
 
 namespace cuda {

@@ -1,10 +1,30 @@
-"""The backends an op can run on, and whether this machine has them."""
+"""The backends an op can run on, and whether this machine has them; and whether its torch is one of those tested."""
 
 import functools
 import importlib.util
 import os
+import re
+import warnings
 
 import torch
+
+TESTED = (2, 10), (2, 15)  # the lowest and the highest release of torch, as pyproject.toml has them
+LOWEST = (8, 0)  # the compute capability that the CUDA kernels need, as CMakeLists.txt has it
+ALL = "FASTLM_TARGETS=all pip install -e ."
+
+
+def untested_torch():
+    """None where torch is of a release that fastlm is tested with, else a sentence."""
+    release = tuple(int(number) for number in torch.__version__.split(".")[:2])
+    if TESTED[0] <= release <= TESTED[1]:
+        return None
+    (low, lowest), (high, highest) = TESTED
+    return (f"fastlm is tested with torch {low}.{lowest} to {high}.{highest}, and this is {torch.__version__}: "
+            f"pip install 'torch>={low}.{lowest},<{high}.{highest + 1}'")
+
+
+if (told := untested_torch()) is not None:
+    warnings.warn(told, stacklevel=2)
 
 
 @functools.cache
@@ -29,9 +49,33 @@ def _cuda():
         return reason
     import fastlm._C as _C
 
+    if (reason := _no_gpu()) is not None:
+        return reason
     if not hasattr(_C, "cuda"):
-        return "fastlm was built without CUDA: install the CUDA toolkit (nvcc) and reinstall fastlm"
-    return _no_gpu()
+        return f"fastlm was built without CUDA: with the CUDA toolkit (nvcc) installed, {ALL} builds it"
+    return _no_code(_C.cuda.architectures(), torch.cuda.get_device_capability())
+
+
+def _no_code(architectures, capability):
+    """None where code for `architectures` ("80-real, 90a-real, 120") runs on a GPU of `capability`, else a sentence.
+
+    Machine code runs on later minors of its major; PTX, where "-real" does not leave it out, on all that is newer; code
+    for an architecture with a letter on itself alone, or with an f on its major.
+    """
+    for name in architectures.split(", "):
+        number, letter, kind = re.fullmatch(r"(\d+)([af]?)(-real|-virtual)?", name).groups()
+        built = divmod(int(number), 10)
+        if letter == "a":
+            runs = capability == built
+        else:
+            runs = capability >= built and (capability[0] == built[0] or kind != "-real" and not letter)
+        if runs:
+            return None
+    gpu = "sm_{}{}".format(*capability)
+    if capability < LOWEST:
+        return "the CUDA kernels need a GPU of sm_{}{} or newer, and this is {}".format(*LOWEST, gpu)
+    return (f"the CUDA kernels were built for {architectures}, and this GPU is {gpu}: {ALL}, or a reinstall here, "
+            "builds it")
 
 
 @functools.cache

@@ -106,7 +106,7 @@ def _resolve(row, *args):
 
 def choice(row, *args):
     """The backend that runs a call; Refused with the reasons where none can."""
-    backend = forced(row.family)
+    backend = forced(row.family)  # reads the environment, if nobody has
     backend = _forced.get(row.name, backend)
     if backend in row.kernels:  # a backend may have a family's forward and leave its backward to others
         if (reason := why_not(row.name, backend, *args)) is not None:

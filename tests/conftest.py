@@ -1,5 +1,11 @@
-"""What every test shares: the backends that can run here, NaN-poisoned allocations, and where the data lie."""
+"""What every test shares: the backends that can run here, NaN-poisoned allocations, and where the data lie.
 
+The whole (`pytest`, `pytest -m slow`) takes a worker a core, of one thread each; files or tests that are named, and
+`pytest -n 0`, run in this process. `pytest -m slow --slices auto` runs a part of the slow tests (slices.py).
+"""
+
+import contextlib
+import fcntl
 import functools
 import importlib
 import importlib.util
@@ -8,7 +14,15 @@ import tempfile
 from pathlib import Path
 
 import pytest
+import slices
 import torch
+from forked import Forks
+
+MOST_WORKERS = 8  # each holds a GB
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start; these may ask for more
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    torch.set_num_threads(1)
 
 GPU = torch.cuda.is_available()
 if not GPU:
@@ -31,13 +45,61 @@ if importlib.util.find_spec("triton"):
     LAUNCHERS += [importlib.import_module(name) for name in sorted(names)]
 
 
-def pytest_collection_modifyitems(items):
+def pytest_addoption(parser):
+    parser.addoption("--slices", metavar="auto|all|NAME,…", default="all", help=slices.__doc__)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config):
+    """Workers, unless a number is given (-n), files or tests are named, or pytest-xdist is not there."""
+    option = config.option
+    if "PYTEST_XDIST_WORKER" in os.environ or getattr(option, "numprocesses", 0) is not None or option.usepdb:
+        return
+    if all(os.path.isdir(argument) for argument in config.args):
+        option.numprocesses, option.dist = min(len(os.sched_getaffinity(0)), MOST_WORKERS), "worksteal"
+
+
+def pytest_configure(config):
+    if (asked := config.option.slices) != "all" and not hasattr(config, "workerinput"):
+        names, config.chosen_slices = slices.choose(asked)
+        config.option.slices = ",".join(names)  # which is what the workers are told
+
+
+def pytest_report_header(config):
+    return getattr(config, "chosen_slices", None)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config, items):
     for item in items:
         if "gpu" in item.keywords and not GPU:
             item.add_marker(pytest.mark.skip(reason="needs a GPU, and this machine has none that torch can use"))
+    if config.option.slices != "all":
+        wanted = config.option.slices.split(",")
+        left_out = [item for item in items if "slow" in item.keywords and slices.of(item.nodeid)[0] not in wanted]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in set(left_out)]
+
+
+def pytest_sessionfinish(session):
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["worst"] = list(numerics.WORST.items())
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node):
+    for key, ratio in getattr(node, "workeroutput", {}).get("worst", ()):
+        numerics.WORST[tuple(key)] = max(numerics.WORST.get(tuple(key), 0.0), ratio)
 
 
 def pytest_terminal_summary(terminalreporter):
+    reports = [report for reports in terminalreporter.stats.values() for report in reports]
+    told = [line for report in reports if getattr(report, "when", None) == "call"
+            for name, line in report.user_properties if name == "told"]
+    if told:
+        terminalreporter.section("what the tests tell")
+        for line in told:
+            terminalreporter.write_line(line)
     if numerics.WORST:
         terminalreporter.section("worst error / allowed, per op, backend and dtype")
         for line in numerics.table():
@@ -110,6 +172,39 @@ def poisoned(monkeypatch):
 
     for module in LAUNCHERS:
         monkeypatch.setattr(module, "torch", Torch())
+
+
+@pytest.fixture
+def tell(record_property):
+    """Keeps a line of text for the summary at the end."""
+    return lambda line: record_property("told", line)
+
+
+@pytest.fixture(scope="session")
+def forks():
+    """Runs code in processes that have torch already (forked.py)."""
+    with contextlib.closing(Forks()) as forks:
+        yield forks
+
+
+@pytest.fixture(scope="session")
+def shared_folder(tmp_path_factory, request):
+    """A function: the folder of a name, the same in all workers, that is filled by the first to ask; others wait."""
+    base = tmp_path_factory.getbasetemp()
+    base = base.parent if hasattr(request.config, "workerinput") else base
+
+    def folder(name, fill):
+        path = base / name
+        with open(base / f"{name}.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not path.exists():
+                partial = base / f"{name}.partial"
+                partial.mkdir()
+                fill(partial)
+                partial.rename(path)
+        return path
+
+    return folder
 
 
 @pytest.fixture(scope="session")

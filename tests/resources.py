@@ -49,28 +49,32 @@ def attention(capability):
 
     kernels = {"fwd": module._attention_fwd_kernel, "keys": module._attention_bwd_keys_kernel,
                "queries": module._attention_bwd_queries_kernel}
-    statistics = {**dict.fromkeys(("lse_ptr", "delta_ptr"), "*fp32"), "seed_ptr": "*i64", "scale": "fp32"}
+    statistics = {**dict.fromkeys(("lse_ptr", "lse_padded_ptr", "delta_ptr"), "*fp32"), "seed_ptr": "*i64",
+                  "scale": "fp32"}
     for dtype, D, described, drop in itertools.product(DTYPES, (64, 128), (False, True), (0, 26)):
-        if described and capability[0] not in (9, 10):
+        if described and not (capability[0] == 10 or capability[0] == 9 and D > 64):
             continue
         for name, kernel in kernels.items():
             size = 4 if dtype == "fp32" else 2
             block_t, block_s, warps, stages = module._config(name, D, size, drop > 0, described, capability)
-            constants = {"D": D, "CAUSAL": True, "DROP": drop, "DESCRIBED": described, "BLOCK_T": block_t,
-                         "BLOCK_S": block_s, "BLOCK_D": D}
+            constants = {"D": D, "CAUSAL": True, "DROP": drop, "DESCRIBED": described, "FOLDED": dtype != "fp32",
+                         "BLOCK_T": block_t, "BLOCK_S": block_s, "BLOCK_D": D}
+            constants |= {"EVEN": True} if name == "keys" else {}
             label = f"D={D} {block_t}x{block_s}{' tma' * described}{' drop' * (drop > 0)}"
             yield label, dtype, kernel, statistics, constants, {"num_warps": warps, "num_stages": stages}
-    # A launch makes constants of sizes that are 1 and of a seed that is not there: that they compile is shown once.
-    ones_and_none = {"T": 1}, {"S": 1}, {"T": 1, "S": 1, "H": 1, "offset": 1}, {"seed_ptr": None, "CAUSAL": False}
-    for ones in ones_and_none if capability == (9, 0) else ():
+    # What is rare, once: no seed, a scale that is not positive, a T that is no multiple of the tile.
+    rare_ones = {"seed_ptr": None, "CAUSAL": False}, {"FOLDED": False}, {"EVEN": False}
+    for rare in rare_ones if capability == (9, 0) else ():
         for name, kernel in kernels.items():
+            if "EVEN" in rare and name != "keys":
+                continue
             block_t, block_s, warps, stages = module._config(name, 64, 2, False, False, capability)
-            constants = {"D": 64, "CAUSAL": True, "DROP": 0, "DESCRIBED": False, "BLOCK_T": block_t,
-                         "BLOCK_S": block_s, "BLOCK_D": 64, **ones}
-            label = "D=64 " + " ".join(f"{key}={value}" for key, value in ones.items())
+            constants = {"D": 64, "CAUSAL": True, "DROP": 0, "DESCRIBED": False, "FOLDED": True, "BLOCK_T": block_t,
+                         "BLOCK_S": block_s, "BLOCK_D": 64, **({"EVEN": True} if name == "keys" else {}), **rare}
+            label = "D=64 " + " ".join(f"{key}={value}" for key, value in rare.items())
             yield label, "bf16", kernel, statistics, constants, {"num_warps": warps, "num_stages": stages}
     for dtype, D in itertools.product(DTYPES, (64, 128)):
-        constants = {"D": D, "BLOCK_T": 2048 // D, "BLOCK_D": D}
+        constants = {"D": D, "FOLDED": dtype != "fp32", "BLOCK_T": 2048 // D, "BLOCK_D": D}
         yield f"D={D}", dtype, module._attention_delta_kernel, statistics, constants, {}
 
 
@@ -231,6 +235,7 @@ def read_resources(compiled, capability):
         "threads": threads,
         "occupancy": round(blocks * threads / THREADS[capability], 2),
         "wgmma": len(re.findall(r"\bHGMMA", machine)),
+        "wgmma_waits": len(re.findall(r"\bWARPGROUP\.DEPBAR", machine)),
         "tma": len(re.findall(r"\bUTMALDG", machine)),
         "wide_loads": len(re.findall(r"\bLDG(?:STS)?\.E\S*\.128", machine)),
         "wide_stores": len(re.findall(r"\bSTG\.E\S*\.128", machine)),

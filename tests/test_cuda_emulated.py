@@ -60,7 +60,8 @@ def caught(tmp_path, op, text):
     copy = tmp_path / "cuda"
     shutil.copytree(CUDA, copy)
     (copy / f"{op}.cu").write_text(text)
-    return next((order for order, number in ORDERS.items() if sweep(op, copy, order=number).returncode), None)
+    return next((order for order, number in ORDERS.items() if sweep(op, copy, order=number, altered=True).returncode),
+                None)
 
 
 def test_a_missing_barrier_is_caught(tmp_path):

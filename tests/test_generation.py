@@ -131,6 +131,17 @@ class Allocations(TorchDispatchMode):
             self._seeing = True
 
 
+def test_a_padded_head_gives_the_same_logits():
+    model = fastlm.GPT2(fastlm.GPT2Config(vocab_size=131, n_positions=8, n_embd=16, n_layer=1, n_head=2))
+    hidden = torch.randn(3, 16)
+    padded = step.head_of(model, padded=True)(hidden)
+    assert padded.shape == (3, 131) and torch.allclose(padded, model.lm_head(hidden), atol=1e-6)
+    handle = model.lm_head.register_forward_hook(lambda *_: None)
+    assert step.head_of(model, padded=True) is model.lm_head
+    handle.remove()
+    assert step.head_of(model, padded=False) is model.lm_head
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("options", [{"temperature": 0}, SAMPLED], ids=["greedy", "sampled"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

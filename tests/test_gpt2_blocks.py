@@ -50,11 +50,11 @@ def results(function, x, weights, dy):
 def check(x, weights, heads, backend):
     dy = numerics.inputs("normal", x.shape, x.dtype, seed=9)
     truth = results(lambda x, w: composition(x, w, heads), x.double(), [w.double() for w in weights], dy.double())
-    composed = results(lambda x, w: composition(x, w, heads), x, weights, dy)
     moved = x.to(DEVICE), [w.to(DEVICE) for w in weights], dy.to(DEVICE)
+    composed = results(lambda x, w: composition(x, w, heads), *moved)
     for what, got in results(lambda x, w: fastlm.gpt2_blocks(x, w, heads=heads), *moved).items():
         quantity = f"gpt2_blocks {what.split()[-1]}"
-        numerics.close(quantity, backend, got.cpu(), composed[what], truth[what], backward=what != "y")
+        numerics.close(quantity, backend, got.cpu(), composed[what].cpu(), truth[what], backward=what != "y")
 
 
 # widths around the tiles: 6 or 12 rows, 16 or 32 columns, 256 deep, 48 rows of a block, 64 of attention

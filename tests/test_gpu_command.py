@@ -1,4 +1,4 @@
-"""`python -m benchmarks.gpu`, as far as it goes without a GPU: what fails, hangs or dies is named, the rest still runs."""
+"""`python -m benchmarks.gpu` without a GPU: what fails, hangs or dies is named, and the rest still runs."""
 
 import json
 import subprocess
@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from fastlm import dispatch
-from fastlm.benchmarks import gpu, gpu_steps
+from fastlm.benchmarks.gpu import command as gpu
+from fastlm.benchmarks.gpu import place as places
+from fastlm.benchmarks.gpu import proofs, steps
 
 ROOT = Path(__file__).parent.parent
 GOOD = """print('@row {"what": "x", "us": 1}'); print('@row {"summary": "well"}'); print("a line")"""
@@ -78,7 +80,8 @@ def test_without_what_is_there_nothing_runs(call):
 
 
 @pytest.mark.parametrize("arguments, said", [
-    (("--minutes", "0"), "--minutes is 0"), (("nonsense",), "no step 'nonsense'"), (("--wheels", "/nowhere"), "no folder"),
+    (("--minutes", "0"), "--minutes is 0"), (("nonsense",), "no step 'nonsense'"),
+    (("--wheels", "/nowhere"), "no folder"),
     (("--out", "/proc/nowhere"), "cannot be written"),
 ])
 def test_wrong_arguments(arguments, said, capsys):
@@ -100,7 +103,7 @@ def test_every_step_has_a_command(tmp_path):
         for step in gpu.STEPS:
             assert run.commands(step.name)
             worker = run.commands(step.name)[0][0]
-            assert "gpu_steps" not in " ".join(worker) or step.name in gpu_steps.STEPS
+            assert "gpu.steps" not in " ".join(worker) or step.name in steps.STEPS
 
 
 class Kernels:
@@ -125,19 +128,20 @@ class Kernels:
 def test_the_smoke_test_fails_on_a_broken_kernel(error, capsys, monkeypatch):
     monkeypatch.setattr(dispatch, "_load", lambda row, backend, load=dispatch._load: getattr(
         Kernels(error), row.name) if (row.family, backend) == ("softmax_xent", "torch") else load(row, backend))
-    gpu_steps.part(gpu_steps.Place(dry=True), "softmax_xent")
-    rows = [json.loads(line[len(gpu.ROW):]) for line in capsys.readouterr().out.splitlines() if line.startswith(gpu.ROW)]
+    proofs.part(places.Place(dry=True), "softmax_xent")
+    lines = capsys.readouterr().out.splitlines()
+    rows = [json.loads(line[len(gpu.ROW):]) for line in lines if line.startswith(gpu.ROW)]
     failed = {row["backend"] for row in rows if "failed" in row}
     assert failed == {"torch"}
 
 
 def test_no_torch_op_is_forgotten_by_the_smoke_test(capsys, monkeypatch):
     """What is called by the parts, on a CPU, covers the table (its interpreted Triton is a matter of minutes)."""
-    usual = gpu_steps.Place.backends
-    monkeypatch.setattr(gpu_steps.Place, "backends", lambda *args: [name for name in usual(*args) if name != "triton"])
-    place, called = gpu_steps.Place(dry=True), set()
-    for name in gpu_steps.SMOKE:
-        gpu_steps.part(place, name)
+    usual = places.Place.backends
+    monkeypatch.setattr(places.Place, "backends", lambda *args: [name for name in usual(*args) if name != "triton"])
+    place, called = places.Place(dry=True), set()
+    for name in proofs.SMOKE:
+        proofs.part(place, name)
     for line in capsys.readouterr().out.splitlines():
         if line.startswith(gpu.ROW):
             called |= {tuple(pair) for pair in json.loads(line[len(gpu.ROW):]).get("called", ())}

@@ -1,8 +1,10 @@
 """The clock and the roofs."""
 
 import contextlib
+import itertools
 import json
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -89,6 +91,20 @@ def test_what_raises_leaves_the_race(calls):
         race({"bad": [fails], "good": [lambda: None]})
 
 
+def test_a_machine_that_becomes_busy_ends_a_race_in_time():
+    """Calls that took no time when the rounds were counted: fifty rounds of eight calls would take 20 s."""
+    calm = iter(range(8))
+
+    def call():
+        if next(calm, None) is None:
+            time.sleep(0.05)
+
+    begun = time.perf_counter()
+    times = race({"a": [call], "b": [call]}, seconds=0.5, batch_seconds=1e-9, limit=0.2)
+    assert time.perf_counter() - begun < 2 and all(0 < len(taken.samples) < 10 for taken in times.values())
+    assert len(race({"": [lambda: None]}, limit=0.0)[""].samples) == 1  # one round whatever the limit
+
+
 def test_sets_exceed_the_cache_twice():
     size = cache_bytes("cpu")
     assert size >= 2**18 and sets_beyond_cache(size, "cpu") == 2 and sets_beyond_cache(100 * size, "cpu") == 1
@@ -118,6 +134,23 @@ def test_a_damaged_cache_is_measured_again(monkeypatch, tmp_path, text):
     (path,) = (tmp_path / "roofs").iterdir()
     path.write_text(text)
     assert roofs() == some and json.loads(path.read_text())["copy"] == 10.0
+
+
+def test_every_part_of_measuring_has_its_share_of_the_limit(monkeypatch):
+    limits, busy = [], Times((1e-3,))
+
+    def instant(contenders, *, limit, **options):
+        limits.append(limit)
+        return dict.fromkeys(contenders, busy)
+
+    monkeypatch.setattr(module, "race", instant)
+    module.measure("cpu", bytes=2**12, size=256)
+    assert len(limits) == 5 and sum(limits) <= module.LIMIT
+    seconds = itertools.count()  # a part takes one
+    monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: next(seconds), time=time.time))
+    limits.clear()
+    module.measure("cpu", bytes=2**12, size=2**12, limit=10.0)
+    assert len(limits) == 5  # no larger product where 1.5 s have passed
 
 
 def test_measured_for_real():

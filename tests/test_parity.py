@@ -160,7 +160,7 @@ def test_files_are_hugging_faces(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", ["torch", "cpu"], indirect=True)
-def test_124m_at_1024_tokens(backend, capsys):
+def test_124m_at_1024_tokens(backend, tell):
     model = parity.make(vocab_size=50257)
     tokens, targets = parity.batch(model, 1, 1024)
     targets[0, 700:] = -100
@@ -168,6 +168,4 @@ def test_124m_at_1024_tokens(backend, capsys):
         parity.step(net, tokens, targets)
         for net in (model, parity.twin(model, "eager"), parity.twin(model, "sdpa"))
     )
-    with capsys.disabled():
-        print()
-        hold("124M", backend, ours, eager, sdpa, print)
+    hold("124M", backend, ours, eager, sdpa, tell)

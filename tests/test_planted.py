@@ -1,13 +1,11 @@
 """Bugs planted on purpose, one at a time: each must be caught by the checks that the other tests make.
 
-A bug is a change of source text, planted in a copy of the package that a fresh process imports. The process runs the
+A bug is a change of source text, planted in a copy of the package that a process of its own imports. It runs the
 checks below, which are those of test_parity, test_attention, test_softmax_xent and test_generation on small sizes, on
 the `reference` and `torch` backends; it must fail.
 """
 
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -23,12 +21,12 @@ BUGS = {
     "erf GELU for tanh": ("fastlm/reference.py", "torch.tanh(_gelu_argument(u))))", "torch.erf(u / 2**0.5)))"),
     "layer norm epsilon": ("fastlm/gpt2.py", "eps=config.layer_norm_epsilon", "eps=1e-3"),
     "missing bias": ("fastlm/gpt2.py", "torch.addmm(self.bias,", "torch.addmm(0 * self.bias,"),
-    "residual forgotten": ("fastlm/gpt2.py", "return x + self.mlp(normed)", "return self.mlp(normed)"),
+    "residual forgotten": ("fastlm/gpt2.py", "return x, self.mlp(normed)", "return 0 * x, self.mlp(normed)"),
     "q and k exchanged": ("fastlm/reference.py", 'torch.einsum("bthd,bshd->bhts", q, k) * scale',
                           'torch.einsum("bthd,bshd->bhts", k, q) * scale if q.shape == k.shape else '
                           'torch.einsum("bthd,bshd->bhts", q, k) * scale'),
-    "final norm left out": ("fastlm/gpt2.py", "return self.transformer.ln_f(x)",
-                            "return x + 0 * self.transformer.ln_f(x)"),
+    "final norm left out": ("fastlm/gpt2.py", "return self.transformer.ln_f(added, x)[0]",
+                            "return x + added + 0 * self.transformer.ln_f(added, x)[0]"),
     "lost gradient of the tied head": ("fastlm/gpt2.py", "self.lm_head.weight, targets",
                                        "0 * self.lm_head.weight + self.lm_head.weight.detach(), targets"),
     "lost gradient of the embedding": ("fastlm/gpt2.py", "self.transformer.wte(tokens, sparse) +",
@@ -105,11 +103,8 @@ print("passed")
 """
 
 
-def run_checks(package):
-    script = CHECKS.format(package=str(package), tests=str(ROOT / "tests"))
-    return subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, timeout=300, cwd=package
-    )
+def run_checks(forks, package):
+    return forks.run(CHECKS.format(package=str(package), tests=str(ROOT / "tests")), package, timeout=300)
 
 
 def copy_package(to):
@@ -120,31 +115,30 @@ def copy_package(to):
     return to
 
 
-def test_nothing_planted(tmp_path):
-    done = run_checks(copy_package(tmp_path))
+def test_nothing_planted(forks, tmp_path):
+    done = run_checks(forks, copy_package(tmp_path))
     assert done.returncode == 0 and "passed" in done.stdout, done.stderr[-3000:]
 
 
-def plant(tmp_path, name):
+def plant(forks, tmp_path, name):
     file, text, wrong = BUGS[name]
     path = copy_package(tmp_path) / file
     source = path.read_text()
     assert source.count(text) >= 1, f"{text!r} is no longer in {file}"
     path.write_text(source.replace(text, wrong))
-    return run_checks(tmp_path)
+    return run_checks(forks, tmp_path)
 
 
-def test_a_planted_bug_is_caught(tmp_path):
-    done = plant(tmp_path, "attention scale 10 % off")
+def test_a_planted_bug_is_caught(forks, tmp_path):
+    done = plant(forks, tmp_path, "attention scale 10 % off")
     assert done.returncode and "AssertionError" in done.stderr, done.stdout
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", BUGS)
-def test_every_planted_bug_is_caught(name, tmp_path, capsys):
-    done = plant(tmp_path, name)
+def test_every_planted_bug_is_caught(name, forks, tmp_path, tell):
+    done = plant(forks, tmp_path, name)
     assert done.returncode and "passed" not in done.stdout, f"{name}: nobody noticed"
     told = done.stderr.splitlines()[-1]  # by a check, not by an import that failed
     assert told.startswith(("AssertionError", "RuntimeError: the logits of row")), done.stderr[-2000:]
-    with capsys.disabled():
-        print(f"\n{name}: {told[:110]}", end=" ")
+    tell(f"{name}: {told[:110]}")

@@ -5,8 +5,6 @@ planted in a copy of the .cu, and its sanitized sweep runs.
 """
 
 import re
-import subprocess
-import sys
 
 import pytest
 import test_cuda_emulated
@@ -16,10 +14,17 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 # name: (file, text, what it becomes)
 TRITON = {
-    "mask off by one": ("attention", "seen & (s <= t + offset)", "seen & (s <= t + offset + 1)"),
+    "mask off by one": ("attention", "tl.minimum(last, t + offset)", "tl.minimum(last, t + offset + 1)"),
+    "keys' mask off by one": ("attention", "(s - offset - t0)[:, None] <=", "(s - offset - t0 - 1)[:, None] <="),
+    "a key after the last seen": ("attention", "tl.zeros_like(t) + (S - 1)", "tl.zeros_like(t) + S"),
+    "diagonal tiles unmasked": ("attention", "tl.maximum(s0 + BLOCK_S - 1 - offset, 0)", "tl.maximum(s0 - offset, 0)"),
     "whole tiles reach too far": ("attention", "tl.minimum(S, t0 + 1 + offset)", "tl.minimum(S, t0 + 40 + offset)"),
     "top-left for bottom-right": ("attention", "S - T if causal == 1 else 0", "0"),
-    "wrong scale": ("attention", "scale *= LOG2E /", "scale *= 1.1 * LOG2E /"),
+    "wrong scale": ("attention", "            x *= scale", "            x *= 1.1 * scale"),
+    "wrong scale folded": ("attention", "rate = scale * LOG2E", "rate = 1.1 * scale * LOG2E"),
+    "a negative one folded": ("attention", "0 < scale <", "abs(scale) <"),
+    "folded lse not in base 2": ("attention", "lse * LOG2E if FOLDED else lse", "lse"),
+    "rows of lse not padded": ("attention", "lse_padded_ptr + bh * Tp + t", "lse_padded_ptr + bh * T + t"),
     "dk without the scale": ("attention", "dk * scale", "dk"),
     "dq without the scale": ("attention", "dq * scale", "dq"),
     "delta forgotten": ("attention", "p * (dp - delta[None, :])", "p * dp"),
@@ -40,6 +45,8 @@ TRITON = {
         "attention", "(tl.program_id(0) // tiles).to(tl.int64)",
         "(tl.program_id(0) // tiles)",
     ),
+    "ragged tile read beyond the end": ("attention", "T % block_t == 0", "True"),
+    "rows read beyond the end": ("attention", "start + row[:, None] < rows", "start + row[:, None] < rows + 1"),
     "rows beyond the end": ("attention", "inside = row[:, None] < rows", "inside = row[:, None] < rows + 1"),
     "columns beyond D": ("attention", "(d[None, :] < D)", "(d[None, :] < BLOCK_D)"),
     "lost split in the merge": (
@@ -154,12 +161,12 @@ SHARED = {"dropout": "attention", "column_sums": "layer_norm"}  # a file of seve
 
 # The tests that are run for a bug, by words of its name; a bug of none of them must be caught by the tests of shapes.
 CATCHERS = {
-    "dropout": "dropout", "32-bit": "2_to_the_31", "beyond": "guard_pages",
+    "dropout": "dropout", "32-bit": "2_to_the_31", "beyond": "guard_pages", "negative": "scale",
     "": "shapes or sizes or long or unequal or append or over or below",
 }
 
 
-def run_triton(tmp_path, op, name=None):
+def run_triton(forks, tmp_path, op, name=None):
     package = copy_package(tmp_path)
     if name is not None:
         kernel = package / "fastlm" / "kernels" / f"{TRITON[name][0]}.py"
@@ -167,35 +174,35 @@ def run_triton(tmp_path, op, name=None):
     catcher = next(tests for word, tests in CATCHERS.items() if word in (name or ""))
     script = RUN.format(package=str(package), tests=str(ROOT / "tests"), root=str(ROOT), tests_of_it=catcher,
                         test=str(ROOT / "tests" / f"test_{op}.py"))
-    return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=600, cwd=package)
+    return forks.run(script, package)
 
 
-def tell(capsys, name, line):
-    with capsys.disabled():
-        print(f"\n{name}: {line[:120]}", end=" ")
+def ids(bugs):
+    """Ids that begin with the bug's file."""
+    return [f"{bugs[name][0]}: {name}" for name in bugs]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("op", ["cache_append", "decode_attention"])
-def test_nothing_planted(op, tmp_path):
-    done = run_triton(tmp_path, op)
+def test_nothing_planted(op, forks, tmp_path):
+    done = run_triton(forks, tmp_path, op)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", TRITON)
-def test_every_bug_in_triton_is_caught(name, tmp_path, capsys):
-    done = run_triton(tmp_path, SHARED.get(TRITON[name][0], TRITON[name][0]), name)
+@pytest.mark.parametrize("name", TRITON, ids=ids(TRITON))
+def test_every_bug_in_triton_is_caught(name, forks, tmp_path, tell):
+    done = run_triton(forks, tmp_path, SHARED.get(TRITON[name][0], TRITON[name][0]), name)
     failed = re.findall(r"^FAILED \S*::(\S+)", done.stdout, re.MULTILINE)
     crashed = done.returncode < 0  # a guard page
     assert crashed or done.returncode == 1 and failed, f"{name}: nobody noticed\n{done.stdout[-2000:]}"
-    tell(capsys, name, "a guard page" if crashed else failed[0])
+    tell(f"{name}: {'a guard page' if crashed else failed[0]}")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", CUDA)
-def test_every_bug_in_cuda_is_caught(name, tmp_path, capsys):
+@pytest.mark.parametrize("name", CUDA, ids=ids(CUDA))
+def test_every_bug_in_cuda_is_caught(name, tmp_path, tell):
     op = CUDA[name][0]
     order = test_cuda_emulated.caught(tmp_path, op, altered(ROOT / "csrc" / "cuda", ".cu", CUDA[name]))
     assert order is not None, f"{name}: nobody noticed"
-    tell(capsys, name, f"the sweep of {op}, threads {order}")
+    tell(f"{name}: the sweep of {op}, threads {order}")

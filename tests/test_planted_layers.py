@@ -5,16 +5,14 @@ there. A bug of a layer is planted in a copy of the package, and the test file o
 """
 
 import importlib.util
-import os
 import re
 import shutil
-import subprocess
-import sys
 import sysconfig
 
+import compiled
 import pytest
 from test_planted import ROOT, copy_package
-from test_planted_kernels import altered, tell
+from test_planted_kernels import altered, ids
 
 pytestmark = pytest.mark.slow
 
@@ -160,14 +158,19 @@ LAYERS = {
 }
 
 RUN = """
-import os, sys
-sys.meta_path[:] = [finder for finder in sys.meta_path if "editable" not in type(finder).__module__.lower()
-                    and "ScikitBuild" not in type(finder).__name__]
-sys.path[:0] = [{package!r}, {tests!r}]
-import fastlm, pytest
-assert fastlm.__file__.startswith({package!r}), fastlm.__file__
+import sys
+package = {package!r}
+if package:
+    sys.meta_path[:] = [finder for finder in sys.meta_path if "editable" not in type(finder).__module__.lower()
+                        and "ScikitBuild" not in type(finder).__name__]
+    sys.path.insert(0, package)
+sys.path.insert(0, {tests!r})
+import pytest
+if package:
+    import fastlm
+    assert fastlm.__file__.startswith(package), fastlm.__file__
 sys.exit(pytest.main(["-x", "-q", "--rootdir", {root!r}, "-c", {root!r} + "/pyproject.toml", "-p", "no:cacheprovider",
-                      {test!r}]))
+                      *{options}, {test!r}]))
 """
 
 
@@ -178,52 +181,41 @@ def failed(done):
     return names[0]
 
 
-@pytest.fixture(scope="module")
-def objects(tmp_path_factory):
-    """A folder with bindings.o and isa.o of a build for the generic instruction set alone."""
-    if shutil.which("g++") is None:
-        pytest.skip("g++ is not here to compile the CPU kernels")
-    folder = tmp_path_factory.mktemp("objects")
-    for path in (ROOT / "csrc" / "bindings.cpp", ROOT / "csrc" / "cpu" / "isa.cpp",
-                 *(ROOT / "csrc" / "cpu").glob("[!i]*.cpp")):
-        compile_(path, folder / f"{path.stem}.o")
-    return folder
-
-
-def compile_(source, to):
+def compile_cpu(sources, folder):
+    """The objects of sources of csrc/cpu for the generic instruction set; the headers in `folder` come before those."""
     import pybind11
 
-    includes = [f"-I{path}" for path in (ROOT / "csrc", ROOT / "csrc" / "cpu", pybind11.get_include(),
+    includes = [f"-I{path}" for path in (folder, ROOT / "csrc", ROOT / "csrc" / "cpu", pybind11.get_include(),
                                          sysconfig.get_path("include"))]
     flags = ["-std=c++20", "-O1", "-fPIC", "-fopenmp", "-fno-math-errno", "-DFASTLM_ISA=generic", *includes]
-    subprocess.run(["g++", *flags, "-c", str(source), "-o", str(to)], check=True)
+    headers = [*sorted((ROOT / "csrc").glob("*.h")), *sorted((ROOT / "csrc" / "cpu").glob("*.h")),
+               *sorted(folder.glob("*.h"))]
+    return compiled.objects(dict.fromkeys(sources, flags), headers, [folder])
 
 
-def run_cpu(objects, tmp_path, op, text=None):
+def run_cpu(forks, tmp_path, op, text=None):
     """The tests of an op on the CPU kernels, that op's source being `text`."""
-    parts = {path.stem: path for path in objects.glob("*.o")}
+    (tmp_path / "none").mkdir()
+    sources = [path for path in (ROOT / "csrc" / "bindings.cpp", *sorted((ROOT / "csrc" / "cpu").glob("*.cpp")))]
+    parts = compile_cpu([path for path in sources if text is None or path.stem != op], tmp_path / "none")
     if text is not None:
         (tmp_path / f"{op}.cpp").write_text(text)
-        compile_(tmp_path / f"{op}.cpp", tmp_path / f"{op}.o")
         # First: of a header's functions that several sources hold the linker takes the first.
-        parts = {op: tmp_path / f"{op}.o"} | {name: path for name, path in parts.items() if name != op}
-    library = tmp_path / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
-    subprocess.run(["g++", "-shared", "-fopenmp", *map(str, parts.values()), "-o", str(library)], check=True)
-    environment = {**os.environ, "FASTLM_SANITIZED": str(library), "PYTHONPATH": str(ROOT / "tests")}
-    chosen = ["-k", "cpu" if op not in HOMES else "not lower", str(ROOT / "tests" / f"test_{HOMES.get(op, op)}.py")]
-    return subprocess.run(
-        [sys.executable, "-m", "pytest", "-x", "-q", "-p", "sanitized", "-p", "no:cacheprovider", *chosen],
-        capture_output=True, text=True, env=environment, cwd=ROOT, timeout=600,
-    )
+        parts = [*compile_cpu([tmp_path / f"{op}.cpp"], tmp_path), *parts]
+    library = compiled.linked(f"_C{sysconfig.get_config_var('EXT_SUFFIX')}", ["-shared", "-fopenmp"], parts)
+    script = RUN.format(
+        package="", tests=str(ROOT / "tests"), root=str(ROOT), test=f"{ROOT}/tests/test_{HOMES.get(op, op)}.py",
+        options=["-p", "sanitized", "-k", "cpu" if op not in HOMES else "not lower"])
+    return forks.run(script, tmp_path, FASTLM_SANITIZED=str(library))
 
 
-def test_no_cpu_bug(objects, tmp_path):
-    done = run_cpu(objects, tmp_path, "attention")
+def test_no_cpu_bug(forks, tmp_path):
+    done = run_cpu(forks, tmp_path, "attention")
     assert done.returncode == 0, done.stdout[-3000:]
 
 
-@pytest.mark.parametrize("name", CPU)
-def test_every_cpu_bug_is_caught(name, objects, tmp_path, capsys):
+@pytest.mark.parametrize("name", CPU, ids=ids(CPU))
+def test_every_bug_in_cpu_is_caught(name, forks, tmp_path, tell):
     file, folder = CPU[name][0], ROOT / "csrc" / "cpu"
     op = HEADERS.get(file, file)
     if file in HEADERS:  # the headers beside a source come before those in the repository
@@ -233,27 +225,27 @@ def test_every_cpu_bug_is_caught(name, objects, tmp_path, capsys):
         text = (folder / f"{op}.cpp").read_text()
     else:
         text = altered(folder, ".cpp", CPU[name])
-    tell(capsys, name, failed(run_cpu(objects, tmp_path, op, text)))
+    tell(f"{name}: {failed(run_cpu(forks, tmp_path, op, text))}")
 
 
-def run_layer(package, test):
+def run_layer(forks, package, test):
     if (spec := importlib.util.find_spec("fastlm._C")) is not None:
         shutil.copy(spec.origin, package / "fastlm")
     tests = ROOT / "tests"
-    script = RUN.format(package=str(package), tests=str(tests), root=str(ROOT), test=str(tests / test))
-    return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=900, cwd=package)
+    script = RUN.format(package=str(package), tests=str(tests), root=str(ROOT), test=str(tests / test), options=[])
+    return forks.run(script, package, timeout=900)
 
 
-def test_no_bug_in_a_layer(tmp_path):
-    done = run_layer(copy_package(tmp_path), "test_measure.py")
+def test_no_bug_in_a_layer(forks, tmp_path):
+    done = run_layer(forks, copy_package(tmp_path), "test_measure.py")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
 
 
-@pytest.mark.parametrize("name", LAYERS)
-def test_every_bug_in_a_layer_is_caught(name, tmp_path, capsys):
+@pytest.mark.parametrize("name", LAYERS, ids=ids(LAYERS))
+def test_every_bug_in_a_layer_is_caught(name, forks, tmp_path, tell):
     file, text, wrong, test = LAYERS[name]
     path = copy_package(tmp_path) / file.replace("benchmarks/", "fastlm/benchmarks/")
     source = path.read_text()
     assert source.count(text) == 1, f"{text!r} is {source.count(text)} times in {file}"
     path.write_text(source.replace(text, wrong))
-    tell(capsys, name, failed(run_layer(tmp_path, test)))
+    tell(f"{name}: {failed(run_layer(forks, tmp_path, test))}")

@@ -16,6 +16,7 @@ from fastlm.certificate import Line, certify, unmeasured
 from fastlm.cli import app
 from fastlm.cli import doctor as doctor_module
 from fastlm.measure import roofs as roofs_module
+from fastlm.measure import tuned
 from fastlm.measure.roofs import Roofs
 
 ROOFS = Roofs(copy=20e9, read=25e9, products={"fp32": 100e9, "bf16": 200e9, "fp16": 1e9}, launch=1e-6, taken=0.0)
@@ -44,14 +45,25 @@ PLANTS = [*ERRORS, "NaN"]
 
 @pytest.fixture(autouse=True)
 def here(monkeypatch, tmp_path):
-    """No roofs are measured, nothing is compiled, no process is started."""
+    """No roofs are measured, nothing is compiled, no process is started, and what was tuned before is forgotten."""
     monkeypatch.setenv("FASTLM_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(roofs_module, "measure", lambda device, **options: ROOFS)
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)
     monkeypatch.setattr(harness.Case, "passes", 1)
     monkeypatch.setattr(bench_train.Train, "apart", False)
     monkeypatch.setattr(native, "keep_heap", lambda: None)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # calls this small only wait for one another
+    _forget()
     yield
+    torch.set_num_threads(threads)
+    _forget()
+
+
+def _forget():
+    """What is remembered of the machine, the tuned tables and the choices."""
+    tuned._name.cache_clear()
+    tuned._rows.cache_clear()
     dispatch._forget()
 
 

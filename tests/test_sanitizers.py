@@ -1,18 +1,22 @@
 """The CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer, on every instruction set, torch loaded."""
 
 import os
-import shutil
+import re
 import subprocess
 import sys
-import zipfile
+import sysconfig
 from pathlib import Path
 
+import compiled
 import pytest
-from test_build import ROOT, build
+from compiled import ROOT
 
 pytestmark = pytest.mark.slow
 HERE = Path(__file__).parent
-FLAGS = "-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer"
+SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer"]
+ISAS = {"generic": "", "avx2": "-mavx2 -mfma -mf16c"}  # as CMakeLists.txt has them
+ISAS["avx512"] = ISAS["avx2"] + " -mavx512f -mavx512bw -mavx512dq -mavx512vl -mprefer-vector-width=512"
+ISAS["avx512bf16"] = ISAS["avx512"] + " -mavx512bf16 -mavx512vnni"
 TESTS = ("attention", "decode_attention", "cache_append", "softmax_xent", "bias_gelu", "layer_norm",
          "linear_xent", "gpt2_blocks", "adamw", "grad_norm", "engine")
 OVERREAD = """
@@ -27,23 +31,39 @@ print("survived")
 
 
 @pytest.fixture(scope="module")
-def environment(tmp_path_factory):
-    """The environment in which fastlm._C is a sanitized one and the sanitizers' libraries come before torch's."""
-    if shutil.which("g++") is None:
-        pytest.skip("g++ is not here to build the CPU kernels with sanitizers")
-    folder = tmp_path_factory.mktemp("sanitized")
-    done, names = build(folder, CMAKE_ARGS="-DFASTLM_CUDA=OFF", CXX="g++", CXXFLAGS=FLAGS)
-    assert done.returncode == 0, done.stderr[-3000:]
-    library = next(name for name in names if name.endswith(".so"))
-    zipfile.ZipFile(next((folder / "wheel").glob("*.whl"))).extract(library, folder)
+def library():
+    """A function: the path of fastlm._C with sanitizers, for an instruction set."""
+    import pybind11
+
+    include = [f"-I{path}" for path in (ROOT / "csrc", pybind11.get_include(), sysconfig.get_path("include"))]
+    common = ["-std=c++20", "-O1", "-g", "-fPIC", "-fopenmp", "-fno-math-errno", *SANITIZE, *include]
+    chosen = [ROOT / "csrc" / "bindings.cpp", ROOT / "csrc" / "cpu" / "isa.cpp"]
+    kernels = [path for path in sorted((ROOT / "csrc" / "cpu").glob("*.cpp")) if path not in chosen]
+    headers = sorted((ROOT / "csrc").rglob("*.h"))
+
+    def of(isa):
+        isas = dict.fromkeys(("generic", isa))
+        have = [f"-DFASTLM_HAVE_{name.upper()}" for name in isas]
+        parts = compiled.objects(dict.fromkeys(chosen, common + have), headers)
+        for name in isas:
+            flags = [*common, f"-DFASTLM_ISA={name}", *ISAS[name].split()]
+            parts += compiled.objects(dict.fromkeys(kernels, flags), headers)
+        return compiled.linked("_C.so", ["-shared", "-fopenmp", *SANITIZE], parts)
+
+    return of
+
+
+@pytest.fixture(scope="module")
+def environment():
+    """The environment in which the sanitizers' libraries come before torch's, and several threads run."""
     preloaded = [
-        subprocess.run(["g++", f"-print-file-name={name}"], check=True, capture_output=True, text=True).stdout.strip()
+        subprocess.run([compiled.compiler(), f"-print-file-name={name}"], check=True, capture_output=True,
+                       text=True).stdout.strip()
         for name in ("libasan.so", "libubsan.so", "libstdc++.so")
     ]
-    return {
-        **os.environ, "LD_PRELOAD": " ".join(preloaded), "ASAN_OPTIONS": "detect_leaks=0",
-        "FASTLM_SANITIZED": str(folder / library), "PYTHONPATH": str(HERE),
-    }
+    inherited = {name: value for name, value in os.environ.items() if name != "PYTEST_XDIST_WORKER"}
+    return {**inherited, "LD_PRELOAD": " ".join(preloaded), "ASAN_OPTIONS": "detect_leaks=0", "OMP_NUM_THREADS": "2",
+            "OMP_WAIT_POLICY": "passive", "PYTHONPATH": str(HERE)}
 
 
 def run(environment, *arguments):
@@ -52,17 +72,27 @@ def run(environment, *arguments):
     )
 
 
-def test_an_overread_is_found(environment):
+def test_the_flags_are_those_of_the_build():
+    text = (ROOT / "CMakeLists.txt").read_text()
+    for isa, flags in ISAS.items():
+        told = re.search(rf"set\(isa_flags_{isa} (?:\$\{{isa_flags_(\w+)\}} )?(.*)\)", text)
+        assert isa == "generic" or f"{ISAS.get(told[1], '')} {told[2]}".strip() == flags, isa
+
+
+def test_an_overread_is_found(library, environment):
+    environment = {**environment, "FASTLM_SANITIZED": str(library("generic")), "FASTLM_CPU_ISA": "generic"}
     assert "survived" in run(environment, "-c", OVERREAD, "64").stdout
     done = run(environment, "-c", OVERREAD, "65")
     assert "heap-buffer-overflow" in done.stderr and "survived" not in done.stdout
 
 
-@pytest.mark.parametrize("isa", ["avx512bf16", "avx512", "avx2", "generic"])
-def test_cpu_kernels(environment, isa):
+@pytest.mark.parametrize("isa", ISAS)
+def test_cpu_kernels(library, environment, isa):
+    asked = {**os.environ, "FASTLM_CPU_ISA": isa}
+    if "which this CPU does not have" in run(asked, "-c", "import fastlm._C as _C; _C.cpu.isa()").stderr:
+        pytest.skip(f"this CPU has no {isa}")
     tests = [str(HERE / f"test_{name}.py") for name in TESTS]
     options = ("-q", "-x", "-p", "sanitized", "-p", "no:cacheprovider", "-k", "cpu or engine and not lower")
-    done = run({**environment, "FASTLM_CPU_ISA": isa}, "-m", "pytest", *options, *tests)
-    if "which this CPU does not have" in done.stdout + done.stderr:
-        pytest.skip(f"this CPU has no {isa}")
+    environment = {**environment, "FASTLM_SANITIZED": str(library(isa)), "FASTLM_CPU_ISA": isa}
+    done = run(environment, "-m", "pytest", *options, *tests)
     assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-3000:] + done.stderr[-6000:]

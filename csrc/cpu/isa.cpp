@@ -56,6 +56,8 @@ Isa chosen() {
 
 const char* isa() { return kNames[int(chosen())]; }
 
+const char* widest_isa() { return kNames[int(widest())]; }
+
 std::string isas() {
   std::string names;
   for (int number = 0; number < 4; number++)

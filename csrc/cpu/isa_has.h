@@ -23,13 +23,14 @@ inline bool has(Isa isa) {
   return isa == Isa::generic;
 }
 
+inline Isa widest() {
+  int number = int(Isa::avx512bf16);
+  while (!has(Isa(number))) number--;
+  return Isa(number);
+}
+
 }  // namespace fastlm::cpu
 
 #ifdef FASTLM_PRINT_WIDEST
-int main() {
-  using fastlm::cpu::Isa;
-  int widest = int(Isa::avx512bf16);
-  while (!fastlm::cpu::has(Isa(widest))) widest--;
-  return widest;
-}
+int main() { return int(fastlm::cpu::widest()); }
 #endif

@@ -1,6 +1,7 @@
 """`fastlm doctor`: what is here, what was built, and for every op and backend whether it runs, or why not.
 
 A backend does not run an op where dispatch refuses, or the machine lacks it. A kernel that raises or gives NaN failed.
+What is amiss with the installation is told with the line that mends it.
 """
 
 import json
@@ -9,9 +10,12 @@ from typing import Annotated
 import typer
 
 
-def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False):
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
+    measure: Annotated[bool, typer.Option("--roofs", help="Measure this machine's roofs too: 20 s a device.")] = False,
+):
     """Show what this machine has and, per op and backend, `runs` or the sentence why not. Exit code 1 on a failure."""
-    found = examine()
+    found = examine(measure=measure)
     if as_json:
         print(json.dumps(found, indent=2))
     else:
@@ -19,18 +23,20 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print the findi
     if any(cell.startswith(FAILED) for families in found["devices"].values() for row in families.values()
            for cell in (row["default"], *row["backends"].values())):
         raise typer.Exit(1)
+    if _isa()[1] is not None:
+        raise typer.Exit(2)
 
 
 FAILED = "failed: "  # begins the cell of a kernel that raised
 
 
-def examine():
+def examine(*, measure=False):
     """The findings as a dict: machine, build, devices with op → backend → "runs" or a sentence, and the choice; roofs.
 
     A sentence that begins with "failed: " tells what a kernel raised, or that it gave NaN; all others tell why it is
-    not called.
+    not called. "mend" holds what is amiss with the installation, a sentence each.
 
-    The roofs are measured where they are not known yet, which takes seconds.
+    measure: the roofs are measured, in LIMIT seconds a device; else they are those that are known, or None.
     """
     import platform
     from dataclasses import asdict
@@ -40,7 +46,7 @@ def examine():
 
     import fastlm
     from fastlm.backends import BACKENDS, machine_why_not
-    from fastlm.measure.roofs import device_name, roofs
+    from fastlm.measure.roofs import device_name, known_roofs, roofs
 
     packages = {}
     for name in ("torch", "triton", "numpy", "safetensors", "tokenizers", "transformers"):
@@ -53,6 +59,7 @@ def examine():
         for index in range(torch.cuda.device_count())
     ]
     devices = ["cpu", "cuda"] if gpus else ["cpu"]
+    known = {device: roofs(device, fresh=True) if measure else known_roofs(device) for device in devices}
     return {
         "fastlm": fastlm.__version__,
         "machine": {
@@ -63,9 +70,10 @@ def examine():
         },
         "packages": packages,
         "built": _built(),
+        "mend": _mend(),
         "backends": {name: machine_why_not(name) or "runs" for name in BACKENDS},
         "devices": {device: _ops(device) for device in devices},
-        "roofs": {device: asdict(roofs(device)) for device in devices},
+        "roofs": {device: roof and asdict(roof) for device, roof in known.items()},
     }
 
 
@@ -77,8 +85,44 @@ def _built():
         return {"cpu": reason, "cuda": reason}
     import fastlm._C as _C
 
-    cuda = f"for {_C.cuda.architectures()}" if hasattr(_C, "cuda") else "not built: no nvcc when fastlm was installed"
-    return {"cpu": f"runs on {_C.cpu.isa()}", "cuda": cuda}
+    name, reason = _isa()
+    cpu = f"built for {_C.cpu.isas()}; " + (f"runs on {name}" if reason is None else "none runs")
+    cuda = "not built: nvcc or a GPU was missing when fastlm was installed"
+    return {"cpu": cpu, "cuda": f"built for {_C.cuda.architectures()}" if hasattr(_C, "cuda") else cuda}
+
+
+def _isa():
+    """(the instruction set that the CPU kernels run on, None), or (None, why FASTLM_CPU_ISA asks for one in vain)."""
+    from fastlm.backends import machine_why_not
+
+    if machine_why_not("cpu") is not None:
+        return None, None
+    import fastlm._C as _C
+
+    try:
+        return _C.cpu.isa(), None
+    except (RuntimeError, ValueError) as error:
+        return None, str(error)
+
+
+def _mend():
+    """What is amiss with the installation: sentences, each with the line that mends it."""
+    import torch
+
+    from fastlm.backends import ALL, machine_why_not, untested_torch
+
+    told = [untested_torch(), _isa()[1]]
+    if machine_why_not("cpu") is None:
+        import fastlm._C as _C
+
+        if (widest := _C.cpu.widest_isa()) not in _C.cpu.isas().split(", "):
+            told.append(f"this CPU has {widest}, and the CPU kernels were built for {_C.cpu.isas()}: {ALL}, or a "
+                        "reinstall here, builds it")
+    else:
+        told.append(machine_why_not("cpu"))
+    if torch.cuda.is_available():
+        told.append(machine_why_not("cuda"))
+    return list(dict.fromkeys(sentence for sentence in told if sentence is not None))
 
 
 def _ops(device):
@@ -127,7 +171,8 @@ def _called(dispatch, call):
         except dispatch.Refused as error:
             return str(error), dict(calls.keys())
         except Exception as error:
-            return FAILED + dispatch.failure(error), dict(calls.keys())
+            told = str(error)
+            return told if told == _isa()[1] else FAILED + dispatch.failure(error), dict(calls.keys())
     return "runs", dict(calls.keys())
 
 
@@ -196,9 +241,10 @@ def _samples(device):
 
 def _show(found):
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
-    from fastlm.measure.roofs import Roofs
+    from fastlm.measure.roofs import LIMIT, Roofs
 
     console = Console()
     machine, packages = found["machine"], found["packages"]
@@ -210,8 +256,11 @@ def _show(found):
     facts.add_row("CPU kernels", found["built"]["cpu"])
     facts.add_row("CUDA kernels", found["built"]["cuda"])
     for device, roof in found["roofs"].items():
-        facts.add_row(f"roofs, {device}", str(Roofs(**roof)))
+        told = str(Roofs(**roof)) if roof else f"not measured yet: fastlm doctor --roofs, {LIMIT:.0f} s at most"
+        facts.add_row(f"roofs, {device}", told)
     console.print(facts)
+    for sentence in found["mend"]:
+        console.print(f"[bold yellow]to mend:[/] {escape(sentence)}", highlight=False, soft_wrap=True)
 
     notes: list[str] = []
 

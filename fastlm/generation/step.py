@@ -9,10 +9,12 @@ token `stop` (None: never); it then goes along, but waits. Logits of which there
 """
 
 import torch
+import torch.nn.functional as F
 
 from fastlm.generation.sampling import BAD
 
 ENDED = -1  # in place of a token: the row has ended
+PAD = 64  # what a head's rows on a GPU are a multiple of
 
 
 class Step:
@@ -28,6 +30,7 @@ class Step:
         self._left = torch.zeros_like(self._new, dtype=torch.int32)  # tokens that each row may still write
         self._at = torch.zeros(1, dtype=torch.int64, device=model.device)  # the column of uniform
         self._ids = torch.zeros_like(self._new)
+        self._head = head_of(model, padded=model.device.type == "cuda")
         self._told = torch.zeros(len(self._ids), dtype=torch.int64, pin_memory=model.device.type == "cuda")
         self._run = capture(self._decode) if captured else self._decode
 
@@ -47,7 +50,7 @@ class Step:
         positions = self._cache.begin(self._left.clamp(max=1), 1).clamp(max=last)
         hidden = model.hidden(self._new[:, None], positions=positions, cache=self._cache)  # (B, 1, C)
         self._cache.end()
-        self._next(model.lm_head(hidden[:, 0]))
+        self._next(self._head(hidden[:, 0]))
 
     def _next(self, logits):
         drawn = self._draw(logits, self._uniform.index_select(1, self._at)[:, 0])
@@ -59,6 +62,21 @@ class Step:
 
     def _tell(self):
         return checked(self._told.copy_(self._ids).tolist())
+
+
+def head_of(model, *, padded):
+    """What makes logits (B, V) of hidden states (B, C): the model's head, or, padded, one over a copy of its weight.
+
+    The copy has rows of zeros behind, so that a product is aligned as a GPU's fast kernels want it: on an H200 64 rows
+    take 155 µs with 50257 columns, cuBLAS's slowest way. A head of another class, or with hooks, stays as it is.
+    """
+    head, weight = model.lm_head, model.lm_head.weight
+    if not padded or type(head) is not torch.nn.Linear or head.bias is not None or len(weight) % PAD == 0:
+        return head
+    if head._forward_hooks or head._forward_pre_hooks:
+        return head
+    V, wide = len(weight), F.pad(weight.detach(), (0, 0, 0, -len(weight) % PAD))  # (Vp, C)
+    return lambda hidden: F.linear(hidden, wide)[:, :V]
 
 
 class EngineStep:

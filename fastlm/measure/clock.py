@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 
 NOISY = 0.10  # a spread beyond this is marked
-LAUNCH_BOUND = 200e-6  # seconds of a call on a GPU below which the host may be what takes them
+LAUNCH_BOUND = 2e-3  # seconds of a call on a GPU below which the host may be what takes them
 LONG = 0.1  # seconds of a call that what the others left in the caches does not matter to
 
 
@@ -42,14 +42,17 @@ class Times:
         return self.spread > NOISY
 
 
-def race(contenders, *, device="cpu", seconds=1.0, batch_seconds=2e-3, rounds=(5, 50), before=None, failed=None):
+def race(contenders, *, device="cpu", seconds=1.0, batch_seconds=2e-3, rounds=(5, 50), limit=math.inf, before=None,
+         failed=None):
     """Times by name: every round takes one sample of every contender, each round beginning with another one.
 
     contenders: name → list of calls without arguments. About `seconds` are spent on each, in rounds[0] to rounds[1]
     rounds; a sample is a batch of calls that takes batch_seconds or more. before(name) goes ahead of each batch, and,
-    where a call takes less than LONG, one call, both untimed. failed: a dict that is given what a contender raised, by
-    name, while the others go on; without it the race ends.
+    where a call takes less than LONG, one call, both untimed. limit: the seconds after which no further round begins,
+    though it be the second: what a call took at first tells little of a machine that others use. failed: a dict that is
+    given what a contender raised, by name, while the others go on; without it the race ends.
     """
+    end = time.perf_counter() + limit
     timer = _cuda_seconds if torch.device(device).type == "cuda" else _wall_seconds
     circles, lengths, short, costs = {}, {}, set(), {}
     before = before or (lambda name: None)
@@ -92,6 +95,8 @@ def race(contenders, *, device="cpu", seconds=1.0, batch_seconds=2e-3, rounds=(5
     count = min(rounds[1], max(rounds[0], int(seconds * len(samples) / sum(costs[name] for name in samples))))
     names = list(samples)
     for turn in range(count):
+        if turn and time.perf_counter() > end:
+            break
         first = turn % len(names)
         for name in names[first:] + names[:first]:
             if name in samples:

@@ -12,7 +12,7 @@ KERNELS = {
     "torch": "fastlm.vendor",
     "reference": "fastlm.reference",
 }
-ORDER = {"cpu": ("cpu", "torch", "reference"), "cuda": ("cuda", "triton", "torch", "reference")}
+ORDER = {"cpu": ("cpu", "torch", "reference"), "cuda": ("triton", "cuda", "torch", "reference")}
 LARGEST_D = {"cuda": 128, "triton": 128, "cpu": 256}
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

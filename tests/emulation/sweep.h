@@ -1,6 +1,7 @@
 // What the sweeps share: elements of every dtype in buffers of exact size, which AddressSanitizer watches, and a count
 // of what is wrong. A sweep runs its kernel over odd sizes, strides and offsets, compares with plain double arithmetic,
-// prints what is wrong and exits with 1. Built under AddressSanitizer and UndefinedBehaviorSanitizer.
+// prints what is wrong and exits with 1, at once where EMU_FIRST is set. Built under AddressSanitizer and
+// UndefinedBehaviorSanitizer.
 #pragma once
 
 #include <sys/mman.h>
@@ -19,6 +20,7 @@ inline void expect(bool right, const char* what, const std::vector<int64_t>& whe
   std::printf("wrong %s:", what);
   for (const int64_t index : where) std::printf(" %ld", long(index));
   std::printf("\n");
+  if (std::getenv("EMU_FIRST")) std::exit(1);
 }
 
 inline bool near(double got, double wanted, double tolerance) {
