@@ -49,7 +49,7 @@ class Row:
     name: str
     family: str
     kernels: dict[str, str]  # backend → "module" or "module:object" that holds a function called `name`
-    order: dict[str, tuple[str, ...]]  # device type → backends, best first, as measured
+    order: dict[str, tuple[str, ...] | Callable]  # device type → backends, best first, or a function (*args) → such
     key: Callable  # (*args) → what the choice depends on, hashable
     limits: Callable  # (backend, *args) → None or the sentence why that backend cannot serve the call
     chosen: dict = field(default_factory=dict)  # key → function
@@ -125,6 +125,7 @@ def _candidates(row, *args):
     """The backends that are asked for a call when none is forced, in turn: as tuned on the device, then as usual."""
     tensor = next(arg for arg in args if isinstance(arg, torch.Tensor) and arg.is_floating_point())
     usual = row.order.get(tensor.device.type, ("torch", "reference"))
+    usual = usual(*args) if callable(usual) else usual
     fastest = tuned.order(row.family, tensor.dtype, tensor.device) if tensor.device.type in ("cpu", "cuda") else ()
     return list(dict.fromkeys(name for name in (*fastest, *usual) if name in row.kernels))
 

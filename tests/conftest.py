@@ -19,10 +19,6 @@ import torch
 from forked import Forks
 
 MOST_WORKERS = 8  # each holds a GB
-if "PYTEST_XDIST_WORKER" in os.environ:
-    os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start; these may ask for more
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    torch.set_num_threads(1)
 
 GPU = torch.cuda.is_available()
 if not GPU:
@@ -53,10 +49,14 @@ def pytest_addoption(parser):
 def pytest_cmdline_main(config):
     """Workers, unless a number is given (-n), files or tests are named, or pytest-xdist is not there."""
     option = config.option
-    if "PYTEST_XDIST_WORKER" in os.environ or getattr(option, "numprocesses", 0) is not None or option.usepdb:
+    if "PYTEST_XDIST_WORKER" in os.environ or not hasattr(option, "numprocesses"):
         return
-    if all(os.path.isdir(argument) for argument in config.args):
-        option.numprocesses, option.dist = min(len(os.sched_getaffinity(0)), MOST_WORKERS), "worksteal"
+    whole = all(os.path.isdir(argument) for argument in config.args)
+    if option.numprocesses is None and whole and not option.usepdb and not option.collectonly:
+        most = MOST_WORKERS // 2 if GPU else MOST_WORKERS  # these share its memory
+        option.numprocesses, option.dist = min(len(os.sched_getaffinity(0)), most), "worksteal"
+    if option.numprocesses:  # of the workers, and of the processes that they start
+        os.environ.update(OMP_NUM_THREADS="1", OMP_WAIT_POLICY="passive")
 
 
 def pytest_configure(config):
@@ -74,6 +74,7 @@ def pytest_collection_modifyitems(config, items):
     for item in items:
         if "gpu" in item.keywords and not GPU:
             item.add_marker(pytest.mark.skip(reason="needs a GPU, and this machine has none that torch can use"))
+    config.slow_tests = [item.nodeid for item in items if "slow" in item.keywords]
     if config.option.slices != "all":
         wanted = config.option.slices.split(",")
         left_out = [item for item in items if "slow" in item.keywords and slices.of(item.nodeid)[0] not in wanted]
@@ -137,6 +138,15 @@ def pytest_generate_tests(metafunc):
         metafunc.parametrize("backend", names, indirect=True)
 
 
+@contextlib.contextmanager
+def two_threads_for(backend):
+    """A worker has one thread, but the CPU kernels share their work among two at least."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(max(threads, 2 if backend == "cpu" else 1))
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture
 def backend(request):
     """A backend that has the module's FAMILY of ops, forced while the test runs; skips where it cannot run."""
@@ -149,7 +159,7 @@ def backend(request):
         reason = f"the {name} kernels take no tensors on {DEVICE}"
     if reason is not None:
         pytest.skip(reason)
-    with dispatch.use(**{family: name}):
+    with dispatch.use(**{family: name}), two_threads_for(name):
         yield name
 
 

@@ -1,5 +1,5 @@
 """which slow tests run: all; NAME,… of the slices; or auto: the slices whose files changed in the last commits, the
-most changed first, and one more, by the number of commits, as far as their time goes; the head of the output says
+most changed first, as far as their time goes, and one more, by the number of commits; the head of the output says
 which, and why"""
 
 import re
@@ -10,7 +10,7 @@ from typing import NamedTuple
 import pytest
 
 ROOT = Path(__file__).parent.parent
-SECONDS = 600  # what `auto` may take
+SECONDS = 600  # what those that changed may take in `auto`
 DAYS, COMMITS = 3, 10  # changed lately: in the commits of so many days, but at least so many, or not committed yet
 
 
@@ -52,6 +52,7 @@ def layer(pattern, files, others, seconds):
     return Slice(planted("a_layer", pattern), f"{files} {others} tests/test_planted_layers.py", seconds)
 
 
+SANITIZED = "csrc/bindings.cpp tests/sanitized.py tests/test_sanitizers.py tests/compiled.py"
 SLICES = {
     "cuda attention": cuda("attention", 100),
     "cuda softmax_xent": cuda("softmax_xent", 100),
@@ -78,10 +79,12 @@ SLICES = {
     "cpu blocks": cpu("gpt2_blocks matmul", "tests/test_gpt2_blocks.py", 100),
     "cpu engine": cpu("gpt2_step acts panel", "csrc/cpu/phases.h csrc/cpu/heap.h tests/test_engine.py", 100),
     "cpu none": Slice("test_no_(cpu_bug|bug_in_a_layer)", "tests/test_planted_layers.py", 20),
-    "sanitizers": Slice("test_sanitizers.py", "csrc/cpu/* csrc/*.h csrc/bindings.cpp tests/sanitized.py "
-                        "tests/test_sanitizers.py", 300),
-    "build": Slice("test_build.py", "CMakeLists.txt pyproject.toml csrc/bindings.cpp csrc/cpu/isa* "
-                   "tests/test_build.py", 200),
+    **{f"sanitizers {isa}": Slice(rf"test_cpu_kernels\[{isa}\]", f"csrc/cpu/* csrc/*.h {SANITIZED}", 100)
+       for isa in ("generic", "avx2", "avx512", "avx512bf16")},
+    "sanitizers": Slice("test_sanitizers.py::test_(an|the)_", f"CMakeLists.txt {SANITIZED}", 60),
+    "build": Slice("test_build.py::(?!test_a_wheel)", "CMakeLists.txt pyproject.toml tests/test_build.py", 100),
+    "wheel": Slice("test_build.py::test_a_wheel", "CMakeLists.txt pyproject.toml csrc/bindings.cpp csrc/cpu/isa* "
+                   "tests/test_build.py", 100),
     "model": Slice("test_planted.py", "fastlm/*.py fastlm/ops/* fastlm/generation/* tests/parity.py "
                    "tests/test_planted.py", 100),
     "124M": Slice("test_parity.py", "fastlm/gpt2.py fastlm/pretrained.py tests/parity.py tests/test_parity.py", 60),
@@ -140,19 +143,18 @@ def touched(lines):
 def auto(lines, count, seconds=SECONDS):
     """(names, lines of text) of the slices for what changed, at a number of commits."""
     weights, foreign = touched(lines)
-    ordered = sorted(weights, key=weights.get, reverse=True)
-    others = [name for name in SLICES if name not in weights] or ordered
-    one = others[count % len(others)]
-    names, left_out = [one], []
-    for name in ordered:
-        if name == one:
-            continue
+    names, left_out = [], []
+    for name in sorted(weights, key=weights.get, reverse=True):
         fits = sum(SLICES[other].seconds for other in (*names, name)) <= seconds
         (names if fits else left_out).append(name)
     why = f"{foreign} belongs to none: all of them" if foreign else "their files changed lately"
-    told = [f"slices, as {why}: {', '.join(names[1:]) or 'none'}; and one more, at commit {count}: {one}"]
-    if left_out:
-        told.append(f"slices left out, for want of time: {', '.join(left_out)}")
+    told = [f"slices, as {why}: {', '.join(names) or 'none'}"]
+    if others := [name for name in SLICES if name not in names]:
+        one = others[count % len(others)]
+        told[0] += f"; and one more, at commit {count}: {one}"
+        names.append(one)
+    if missing := [name for name in left_out if name not in names]:
+        told.append(f"slices left out, for want of time: {', '.join(missing)}")
     return names, told
 
 

@@ -114,3 +114,18 @@ def test_calls_of_a_model_step():
                 loss().backward()
             wanted = {f"{op}_{way}": count for op, count in layers.items() for way in ("fwd", "bwd")} | calls_of_it
             assert dict(calls) == {(op, backend): count for op, count in wanted.items()}
+
+
+@pytest.mark.parametrize("T, D, dtype, capability, first", [
+    (1024, 64, torch.bfloat16, (9, 0), "triton"), (2048, 32, torch.float16, (9, 0), "triton"),
+    (4096, 64, torch.bfloat16, (9, 0), "torch"), (1024, 128, torch.bfloat16, (9, 0), "torch"),
+    (1024, 64, torch.float32, (9, 0), "torch"), (1024, 64, torch.bfloat16, (8, 0), "torch"),
+])
+def test_who_runs_the_backward_of_attention_on_a_gpu(T, D, dtype, capability, first, monkeypatch):
+    """As measured: the order depends on the call, and what it depends on is part of the key."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    qkv, do = torch.empty(1, T, 3, 1, D, dtype=dtype), torch.empty(1, T, 1, D, dtype=dtype)
+    row = dispatch.TABLE["attention_qkv_bwd"]
+    assert row.order["cuda"](do, qkv)[0] == first
+    short = row.key(do, qkv[:, :1], do, None, 1, 1.0, 0.0, None)
+    assert (row.key(do, qkv, do, None, 1, 1.0, 0.0, None) == short) == (T <= 2048)

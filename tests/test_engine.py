@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import two_threads_for
 
 import fastlm
 from fastlm import dispatch
@@ -24,6 +25,12 @@ SIZES = {  # vocabulary, C, H, L, inner: no multiples of what the kernels work i
 }
 WIDE = {"wide": (97, 192, 3, 1, 3072)}
 PROMPTS = [torch.arange(n) % 16 for n in (1, 7, 3, 20, 5)]
+
+
+@pytest.fixture(autouse=True)
+def two_threads():
+    with two_threads_for("cpu"):
+        yield
 
 
 @pytest.fixture(params=SIZES)

@@ -13,6 +13,7 @@ BACKWARD = {
 }
 KERNELS = {"cuda": "fastlm.native:cuda", **BACKWARD}  # of the forward; the backward of `cuda` is another backend's
 ORDER = {"cpu": ("cpu", "torch", "reference"), "cuda": ("torch", "triton", "cuda", "reference")}
+SHORT = 2048  # tokens up to which Triton's backward was measured to be faster than cuDNN's
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LARGEST_D = {"cuda": 128, "triton": 128, "cpu": 256}
 CAUSAL = {False: 0, True: 1, "top-left": 2}
@@ -100,12 +101,19 @@ class _AttentionQKV(torch.autograd.Function):
         return dqkv, None, None, None, None
 
 
+def _backward_order(do, *_):
+    """On Hopper, with heads of GPT-2's size, cuDNN's backward and the packing of its three gradients take longer."""
+    half, hopper = do.dtype != torch.float32, torch.cuda.get_device_capability(do.device)[0] == 9
+    ours = half and hopper and do.shape[-1] <= 64 and do.shape[1] <= SHORT
+    return ("triton", "torch", "reference") if ours else ("torch", "triton", "reference")
+
+
 def _key(q, k, v, causal, scale, dropout, seed):
     return q.device, q.dtype, q.shape[-1], dropout > 0
 
 
 def _bwd_key(do, q, k, v, o, lse, causal, scale, dropout, seed):
-    return q.device, q.dtype, q.shape[-1], dropout > 0
+    return q.device, q.dtype, q.shape[-1], dropout > 0, q.shape[1] <= SHORT
 
 
 def _qkv_key(qkv, causal, scale, dropout, seed):
@@ -113,7 +121,7 @@ def _qkv_key(qkv, causal, scale, dropout, seed):
 
 
 def _qkv_bwd_key(do, qkv, o, lse, causal, scale, dropout, seed):
-    return qkv.device, qkv.dtype, qkv.shape[-1], dropout > 0
+    return qkv.device, qkv.dtype, qkv.shape[-1], dropout > 0, qkv.shape[1] <= SHORT
 
 
 def _limits(backend, q, *rest):
@@ -151,7 +159,7 @@ def _qkv_bwd_fake(do, qkv, o, lse, causal, scale, dropout, seed):
 
 
 _FORWARD = {"family": "attention", "kernels": KERNELS, "order": ORDER}
-_BACKWARD = {"family": "attention", "kernels": BACKWARD, "order": ORDER}
+_BACKWARD = {"family": "attention", "kernels": BACKWARD, "order": {**ORDER, "cuda": _backward_order}}
 _OPTIONS = "int causal, float scale, float dropout, Tensor? seed"
 _fwd = define(
     f"attention_fwd(Tensor q, Tensor k, Tensor v, {_OPTIONS}) -> (Tensor o, Tensor lse)",
