@@ -99,11 +99,10 @@ def _last_key(t, offset, S, CAUSAL: tl.constexpr):
 @triton.jit
 def _key_ranges(t0, offset, S, CAUSAL: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr):
     """(whole, end): keys below `whole` every query of a tile sees, keys from `end` on none does."""
-    whole, end = S // BLOCK_S * BLOCK_S, S
-    if CAUSAL:
-        whole = tl.maximum(tl.minimum(S, t0 + 1 + offset), 0) // BLOCK_S * BLOCK_S
-        end = tl.maximum(tl.minimum(S, t0 + BLOCK_T + offset), 0)
-    return whole, end
+    if not CAUSAL:  # the same bounds: with plainer ones ptxas makes every product wait for the one before
+        offset = S
+    whole = tl.maximum(tl.minimum(S, t0 + 1 + offset), 0) // BLOCK_S * BLOCK_S
+    return whole, tl.maximum(tl.minimum(S, t0 + BLOCK_T + offset), 0)
 
 
 @triton.jit
@@ -366,25 +365,33 @@ def _attention_bwd_queries_kernel(
 
 
 def _config(kernel, D, size, drop, described, capability):
-    """BLOCK_T, BLOCK_S, num_warps, num_stages of "fwd", "keys" or "queries"; size: bytes of an element.
+    """BLOCK_T, BLOCK_S, num_warps, num_stages (or also maxnreg) of "fwd", "keys" or "queries"; size: of an element.
 
-    By the clock where D ≤ 64 on an H200 (B = 32, T = 1024, H = 12, D = 64, causal, bf16, Triton 3.6, before the folds;
-    µs, of "keys" and "queries" with delta's 37; by descriptors in brackets):
-        fwd      64×64 4 warps 3 stages 186 (219) | 128×64 4 3 191 (219) | 128×64 8 3 193 (225) | 128×64 4 2 221 (246)
-        keys     32×64 4 3 331 (399) | 64×64 4 3 356 | 64×64 4 2 366 | 64×128 8 3 427 | 64×128 8 2 461 (566)
-        queries  64×32 4 3 227 (253) | 128×64 8 3 228 | 64×64 4 3 232 | 64×64 4 2 250 | 128×64 8 2 407 (309)
-    Elsewhere by what the compiler reports for each architecture: the largest tiles without spills.
+    With compute capability 9 by the clock of an H200 (causal, bf16, Triton 3.6; µs; * by descriptors):
+        D = 64      B = 32, T = 1024, H = 12                                           B = 8, T = 4096
+        fwd         64×64 4 3 180 | 128×64 8 3 181 | 64×32 4 3 202 | 64×64 4 2 217     557 | 552; 64×64 4 3* 575
+        keys        32×64 4 3 283 | 64×64 4 3 285 | 16×64 4 3 332 | 64×128 8 3 371     970 | 901; 32×64 4 3* 1022
+        queries     64×64 4 3 193 | 64×32 4 3 195 | 64×64 4 4 226 | 128×64 8 3 284     640 | 689; 64×32 4 3* 738
+        D = 128     B = 16, T = 1024, H = 16
+        fwd         64×64 4 3 213 | 64×32 4 3 213 | 128×64 4 2* 225 | 128×64 8 3 233 | 128×128 8 2* 290
+        keys        32×64 4 2 373 (spills) | 32×64 4 3* 389 | 32×128 8 3 404 | 32×128 8 2* 529
+        queries     64×32 4 3 259 | 64×32 4 2* 303 | 128×32 8 3 307 | 128×64 8 2 316
+    Elsewhere, and with dropout, by what the compiler reports for each architecture: the largest tiles without spills.
     """
     if capability is None:  # interpreted: the cost is per operation, not per element
         return 64, 64, 4, 1
     if size == 4:  # without tensor cores
         return 32, 32, 4, 1
-    if capability[0] == 9 and D <= 64:
-        return {"fwd": (64, 64, 4, 3), "keys": (32, 64, 4, 3), "queries": (64, 32, 4, 3)}[kernel]
-    if capability[0] in (9, 10):  # 227 KiB of shared memory; wgmma or tcgen05
+    if capability[0] == 9:  # 227 KiB of shared memory, wgmma
+        small, large = {
+            "fwd": ((64, 64, 4, 3), (64, 32 if drop else 64, 4, 3)),
+            "keys": ((64, 64, 4, 3), (32, 128, 8, 2 if drop else 3)),
+            "queries": ((64, 64, 4, 3), (64, 32, 4, 3)),
+        }[kernel]
+    elif capability[0] == 10:  # 227 KiB of shared memory, tcgen05
         small, large = {
             "fwd": ((128, 64, 8 if drop and not described else 4, 3), (128, 128 if described else 64, 8, 2)),
-            "keys": ((64, 128, 8, 2), (32 if capability[0] == 9 else 64, 128, 8, 2)),
+            "keys": ((64, 128, 8, 2), (64, 128, 8, 2)),
             "queries": ((128, 64, 8, 2), (128, 64, 8, 2)),
         }[kernel]
     else:
@@ -403,9 +410,9 @@ def _capability(q):
 def _describable(capability, *operands):
     """Whether the copy engine shall read the operands' heads: where it pays, and everything is a multiple of 16 B.
 
-    With compute capability 9 and D = 64 pointers were faster, by 15 % and more.
+    With compute capability 9 pointers were faster; 10 was not measured.
     """
-    if capability is None or capability[0] not in (9, 10) or capability[0] == 9 and operands[0].shape[3] <= 64:
+    if capability is None or capability[0] != 10:
         return False
     for operand in operands:
         size = operand.element_size()

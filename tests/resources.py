@@ -52,7 +52,7 @@ def attention(capability):
     statistics = {**dict.fromkeys(("lse_ptr", "lse_padded_ptr", "delta_ptr"), "*fp32"), "seed_ptr": "*i64",
                   "scale": "fp32"}
     for dtype, D, described, drop in itertools.product(DTYPES, (64, 128), (False, True), (0, 26)):
-        if described and not (capability[0] == 10 or capability[0] == 9 and D > 64):
+        if described and capability[0] != 10:
             continue
         for name, kernel in kernels.items():
             size = 4 if dtype == "fp32" else 2

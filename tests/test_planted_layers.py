@@ -181,13 +181,13 @@ def failed(done):
     return names[0]
 
 
-def compile_cpu(sources, folder):
+def compile_cpu(sources, folder, level="-O1"):
     """The objects of sources of csrc/cpu for the generic instruction set; the headers in `folder` come before those."""
     import pybind11
 
     includes = [f"-I{path}" for path in (folder, ROOT / "csrc", ROOT / "csrc" / "cpu", pybind11.get_include(),
                                          sysconfig.get_path("include"))]
-    flags = ["-std=c++20", "-O1", "-fPIC", "-fopenmp", "-fno-math-errno", "-DFASTLM_ISA=generic", *includes]
+    flags = ["-std=c++20", level, "-fPIC", "-fopenmp", "-fno-math-errno", "-DFASTLM_ISA=generic", *includes]
     headers = [*sorted((ROOT / "csrc").glob("*.h")), *sorted((ROOT / "csrc" / "cpu").glob("*.h")),
                *sorted(folder.glob("*.h"))]
     return compiled.objects(dict.fromkeys(sources, flags), headers, [folder])
@@ -201,7 +201,7 @@ def run_cpu(forks, tmp_path, op, text=None):
     if text is not None:
         (tmp_path / f"{op}.cpp").write_text(text)
         # First: of a header's functions that several sources hold the linker takes the first.
-        parts = [*compile_cpu([tmp_path / f"{op}.cpp"], tmp_path), *parts]
+        parts = [*compile_cpu([tmp_path / f"{op}.cpp"], tmp_path, "-O0"), *parts]
     library = compiled.linked(f"_C{sysconfig.get_config_var('EXT_SUFFIX')}", ["-shared", "-fopenmp"], parts)
     script = RUN.format(
         package="", tests=str(ROOT / "tests"), root=str(ROOT), test=f"{ROOT}/tests/test_{HOMES.get(op, op)}.py",

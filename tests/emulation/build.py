@@ -49,8 +49,8 @@ def sweep(op, cuda=CUDA, *, order=0, whole=False, altered=False):
 
     Of altered kernels, which are compiled for this once, it is enough to know that something is wrong.
     """
-    flags = ["-O0"] if altered else ["-O1", "-g"]
-    sources = {HERE / f"sweep_{op}.cpp": ["-O1", "-g", *SANITIZE], cuda / f"{op}.cu": [*flags, *SANITIZE]}
+    flags = ["-O0"] if altered else ["-O1", "-g1"]
+    sources = {HERE / f"sweep_{op}.cpp": ["-O1", "-g1", *SANITIZE], cuda / f"{op}.cu": [*flags, *SANITIZE]}
     program = _build(f"sweep-{op}", sources, SANITIZE, cuda)
     environment = {**os.environ, "EMU_ORDER": str(order), "ASAN_OPTIONS": "detect_leaks=0"}
     environment |= {"EMU_FIRST": "1"} if altered else {}

@@ -81,8 +81,6 @@ struct Exchange { unsigned char value[2][kWarp][32]; };
 struct Block {
   std::vector<Fiber> fibers;
   std::vector<Exchange> exchanges;
-  std::unique_ptr<char, void (*)(void*)> stacks{nullptr, free};
-  size_t stacks_size = 0;
   dim3 grid, block;
   uint3 index;
   std::unique_ptr<char, void (*)(void*)> shared{nullptr, free};  // dynamic, of its exact size: beyond it lies a redzone
@@ -149,16 +147,19 @@ inline int order() {
 }
 
 inline void prepare(Block& block, int threads) {
+  // Kept from launch to launch: pages that are new at every one would take most of a sweep's time.
+  static std::unique_ptr<char, void (*)(void*)> stacks{nullptr, free};
+  static size_t stacks_size = 0;
   const size_t size = size_t(threads) * kStack;
-  if (block.stacks_size < size) {
-    block.stacks.reset(static_cast<char*>(std::aligned_alloc(4096, size)));
-    block.stacks_size = size;
+  if (stacks_size < size) {
+    stacks.reset(static_cast<char*>(std::aligned_alloc(4096, size)));
+    stacks_size = size;
   }
   block.fibers.resize(threads);
   block.exchanges.resize((threads + kWarp - 1) / kWarp);
   for (int i = 0; i < threads; i++) {
     const unsigned u = i;
-    char* stack = block.stacks.get() + size_t(i) * kStack;
+    char* stack = stacks.get() + size_t(i) * kStack;
 #if defined(__SANITIZE_ADDRESS__)
     ASAN_UNPOISON_MEMORY_REGION(stack, kStack);
 #endif

@@ -15,7 +15,7 @@ using fastlm::DType;
 
 inline int wrong = 0;
 
-inline void expect(bool right, const char* what, std::initializer_list<int64_t> where) {
+inline void expect(bool right, const char* what, const std::vector<int64_t>& where) {
   if (right || wrong++ >= 5) return;
   std::printf("wrong %s:", what);
   for (const int64_t index : where) std::printf(" %ld", long(index));
