@@ -390,15 +390,16 @@ def _config(kernel, D, size, drop, described, capability):
         }[kernel]
     elif capability[0] == 10:  # 227 KiB of shared memory, tcgen05
         small, large = {
-            "fwd": ((128, 64, 8 if drop and not described else 4, 3), (128, 128 if described else 64, 8, 2)),
+            "fwd": ((128, 64, 8 if drop and not described else 4, 3),
+                    (128, 128 if described and not drop else 64, 8, 2)),
             "keys": ((64, 128, 8, 2), (64, 128, 8, 2)),
             "queries": ((128, 64, 8, 2), (128, 64, 8, 2)),
         }[kernel]
     else:
         small, large = {
-            "fwd": ((128, 64, 8 if drop else 4, 2), (128, 32, 8, 2)),
-            "keys": ((32, 64, 4, 2), (16, 64, 8, 2) if drop else (64, 64, 8, 1)),
-            "queries": ((64, 32 if drop else 64, 4, 2), (128, 32, 8, 1)),
+            "fwd": ((128, 64, 8, 2), (128, 32, 8, 2) if drop else (64, 64, 8, 2)),
+            "keys": ((32, 64, 8 if drop else 4, 2), (16, 64, 8, 2) if drop else (64, 64, 8, 1)),
+            "queries": ((64, 32, 4, 2 if drop else 3), (64 if drop else 128, 32, 8, 1)),
         }[kernel]
     return small if D <= 64 else large
 
@@ -486,7 +487,7 @@ def _attention_delta(do, o, lse, folded):
     padded = torch.empty(2, B, H, rows, dtype=torch.float32, device=o.device)
     if padded.numel():
         block_d = max(triton.next_power_of_2(D), 16)
-        block_t = 2048 // block_d
+        block_t = 4096 // o.element_size() // block_d
         with torch.cuda.device_of(o):
             _attention_delta_kernel[(rows // block_t * B * H,)](
                 *padded, lse, *_strided(do, o), T, H, D=D, FOLDED=folded, BLOCK_T=block_t, BLOCK_D=block_d

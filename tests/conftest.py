@@ -11,6 +11,7 @@ import importlib
 import importlib.util
 import os
 import tempfile
+import time
 from pathlib import Path
 
 import pytest
@@ -60,9 +61,16 @@ def pytest_cmdline_main(config):
 
 
 def pytest_configure(config):
-    if (asked := config.option.slices) != "all" and not hasattr(config, "workerinput"):
-        names, config.chosen_slices = slices.choose(asked)
-        config.option.slices = ",".join(names)  # which is what the workers are told
+    if hasattr(config, "workerinput"):  # it is told what was chosen
+        config.option.slices = config.workerinput["slices"]
+    elif config.option.slices != "all":
+        names, config.chosen_slices = slices.choose(config.option.slices)
+        config.option.slices = ",".join(names)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node):
+    node.workerinput["slices"] = node.config.option.slices
 
 
 def pytest_report_header(config):
@@ -80,6 +88,15 @@ def pytest_collection_modifyitems(config, items):
         left_out = [item for item in items if "slow" in item.keywords and slices.of(item.nodeid)[0] not in wanted]
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if item not in set(left_out)]
+
+
+def pytest_sessionstart(session):
+    session.config.slow_until = time.monotonic() + float(os.environ.get("FASTLM_SLOW_SECONDS", "inf"))
+
+
+def pytest_runtest_setup(item):
+    if "slow" in item.keywords and time.monotonic() > item.config.slow_until:
+        pytest.skip("left out: the slow tests have taken all of FASTLM_SLOW_SECONDS")
 
 
 def pytest_sessionfinish(session):

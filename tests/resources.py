@@ -74,7 +74,8 @@ def attention(capability):
             label = "D=64 " + " ".join(f"{key}={value}" for key, value in rare.items())
             yield label, "bf16", kernel, statistics, constants, {"num_warps": warps, "num_stages": stages}
     for dtype, D in itertools.product(DTYPES, (64, 128)):
-        constants = {"D": D, "FOLDED": dtype != "fp32", "BLOCK_T": 2048 // D, "BLOCK_D": D}
+        constants = {"D": D, "FOLDED": dtype != "fp32", "BLOCK_T": (1024 if dtype == "fp32" else 2048) // D,
+                     "BLOCK_D": D}
         yield f"D={D}", dtype, module._attention_delta_kernel, statistics, constants, {}
 
 

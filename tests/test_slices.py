@@ -39,7 +39,7 @@ def test_the_slices_of_what_changed():
 
 def test_a_file_of_no_slice_touches_all():
     names, told = slices.auto({"tests/conftest.py": 1, "kernels/attention.py": 1}, 5, seconds=10**6)
-    assert set(names) == set(slices.SLICES) and names[:2] == ["triton attention", "triton resources"]
+    assert set(names) == set(slices.SLICES)
     assert "tests/conftest.py belongs to none: all of them" in told[0]
     assert slices.touched({"README.md": 1, "tests/test_house.py": 1}) == ({}, None)
 
