@@ -1,4 +1,4 @@
-"""Makes Triton's interpreter compute bf16 as a GPU does, on Triton 3.6 and 3.7.
+"""Makes Triton's interpreter compute bf16 as a GPU does, on Triton 3.6 to 3.9.
 
 The interpreter keeps bf16 as uint16 and hands these bits to numpy's integer arithmetic: products and sums are
 nonsense, casts truncate. Here every operation on bf16 widens to float32 first and rounds its result to nearest even.
@@ -78,6 +78,14 @@ def install():
     builder.cast_impl = cast_bf16
     builder.create_fp_to_fp = convert_bf16
     builder.get_bf16 = lambda self, value: handle(narrow(np.array([value])), tl.bfloat16)
+
+    load, store = builder.create_masked_load, builder.create_masked_store
+
+    def as_mask(x):  # `int32 < int32 & int64 < int64` is an integer there, which 3.9 takes for no mask
+        return handle(x.data.astype(bool), tl.int1)
+
+    builder.create_masked_load = lambda self, ptrs, mask, *rest: load(self, ptrs, as_mask(mask), *rest)
+    builder.create_masked_store = lambda self, ptrs, x, mask, *rest: store(self, ptrs, x, as_mask(mask), *rest)
 
     reduce_sum = interpreter.ReduceOps.sum
 
