@@ -108,7 +108,6 @@ def devices(backend):
     return BACKENDS[backend][0]
 
 
-@torch.compiler.assume_constant_result  # torch.compile cannot look for modules, and need not
 def machine_why_not(backend):
     """None where this machine can run `backend`, else a sentence."""
     return BACKENDS[backend][1]()
