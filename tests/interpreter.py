@@ -82,10 +82,14 @@ def install():
     load, store = builder.create_masked_load, builder.create_masked_store
 
     def as_mask(x):  # `int32 < int32 & int64 < int64` is an integer there, which 3.9 takes for no mask
-        return handle(x.data.astype(bool), tl.int1)
+        return handle(np.asarray(x if isinstance(x, np.ndarray) else x.data).astype(bool), tl.int1)
 
-    builder.create_masked_load = lambda self, ptrs, mask, *rest: load(self, ptrs, as_mask(mask), *rest)
-    builder.create_masked_store = lambda self, ptrs, x, mask, *rest: store(self, ptrs, x, as_mask(mask), *rest)
+    builder.create_masked_load = lambda self, ptrs, mask, *more, **named: load(
+        self, ptrs, as_mask(mask), *more, **named
+    )
+    builder.create_masked_store = lambda self, ptrs, x, mask, *more, **named: store(
+        self, ptrs, x, as_mask(mask), *more, **named
+    )
 
     reduce_sum = interpreter.ReduceOps.sum
 

@@ -139,8 +139,8 @@ print(fastlm.__file__, _C.cpu.isas(), sep="\\n")
 text = "def f(x):\\n    return x + 1\\n" * 300
 open("text.py", "w").write(text)
 import sys
-sys.argv[1:] = ["train", "--data", "text.py", "--out", "run", "--preset", "small", "--set", "tokenizer=bytes", "--set",
-                "steps=3", "--set", "eval_every=3", "--set", "save_every=3", "--set", "warmup_steps=1"]
+sys.argv[1:] = ["train", "--data", "text.py", "--out", "run", "--preset", "small", "--set", "steps=3", "--set",
+                "eval_every=3", "--set", "save_every=3", "--set", "warmup_steps=1"]
 main()
 """
 
