@@ -11,6 +11,8 @@ import torch
 TESTED = (2, 10), (2, 15)  # the lowest and the highest release of torch, as pyproject.toml has them
 LOWEST = (8, 0)  # the compute capability that the CUDA kernels need, as CMakeLists.txt has it
 ALL = "FASTLM_TARGETS=all pip install -e ."
+# Looked for here and not where they are asked for: torch 2.10's compiler cannot trace the search.
+NATIVE, TRITON = (importlib.util.find_spec(name) is not None for name in ("fastlm._C", "triton"))
 
 
 def untested_torch():
@@ -30,7 +32,7 @@ if (told := untested_torch()) is not None:
 @functools.cache
 def _native():
     """None where the compiled module loads, else the sentence why not."""
-    if importlib.util.find_spec("fastlm._C") is None:
+    if not NATIVE:
         return "the compiled kernels were not built: install a C++ compiler and reinstall fastlm"
     try:
         import fastlm._C  # noqa: F401
@@ -80,7 +82,7 @@ def _no_code(architectures, capability):
 
 @functools.cache
 def _triton():
-    if importlib.util.find_spec("triton") is None:
+    if not TRITON:
         return "triton is not installed"
     if os.environ.get("TRITON_INTERPRET") == "1":
         return None

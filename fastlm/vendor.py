@@ -107,9 +107,9 @@ def _aligned(*tensors):
     return [t if t.device.type == "cpu" or fits(t) else t.clone(memory_format=torch.contiguous_format) for t in tensors]
 
 
-def _serves(q, k, causal):
-    """Whether torch has a fused kernel; otherwise its composition serves."""
-    if 0 in q.shape or 0 in k.shape or q.device.type not in ("cpu", "cuda"):
+def _serves(q, k, causal, scale):
+    """Whether torch has a fused kernel, which hides keys before the scale; otherwise its composition serves."""
+    if 0 in q.shape or 0 in k.shape or q.device.type not in ("cpu", "cuda") or not scale > 0:
         return False
     if q.device.type == "cpu":
         return True
@@ -126,7 +126,7 @@ def _split(q, k, causal):
 
 
 def attention_fwd(q, k, v, causal, scale, dropout, seed):
-    if not _serves(q, k, causal):
+    if not _serves(q, k, causal, scale):
         return reference.attention_fwd(q, k, v, causal, scale, dropout, seed)
     q, k, v = _aligned(q, k, v)
     blind, is_causal, mask = _split(q, k, causal)
@@ -149,7 +149,7 @@ def attention_fwd(q, k, v, causal, scale, dropout, seed):
 
 
 def attention_bwd(do, q, k, v, o, lse, causal, scale, dropout, seed):
-    if not _serves(q, k, causal):
+    if not _serves(q, k, causal, scale):
         return reference.attention_bwd(do, q, k, v, o, lse, causal, scale, dropout, seed)
     do, q, k, v, o = _aligned(do, q, k, v, o)
     blind, is_causal, mask = _split(q, k, causal)

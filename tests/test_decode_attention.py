@@ -58,6 +58,20 @@ def test_long_sequences(backend, T, dtype):
         numerics.close("decode_attention o", backend, o[b : b + 1], composed, truth)
 
 
+@pytest.mark.parametrize("scale", [0.31, -0.31, 0.0], ids=str)
+@pytest.mark.parametrize("dtype", numerics.DTYPES, ids=str)
+@pytest.mark.parametrize("T", [1, 7])
+def test_scale(backend, T, dtype, scale):
+    lengths = (80, T)
+    q, k_pages, v_pages, table, counts, k, v = make(T, 32, dtype, lengths)
+    given = (tensor.to(DEVICE) for tensor in (q, k_pages, v_pages, table, counts))
+    o = fastlm.decode_attention(*given, scale=scale).cpu()
+    for b, length in enumerate(lengths):
+        own = q[b : b + 1], k[b : b + 1, :length], v[b : b + 1, :length], torch.zeros(1, T, H, 32, dtype=dtype)
+        composed, truth = plain(*own, True, scale)[0], plain(*(tensor.double() for tensor in own), True, scale)[0]
+        numerics.close("decode_attention o", backend, o[b : b + 1], composed, truth)
+
+
 def test_bits_do_not_depend_on_the_batch(backend):
     if backend in ("reference", "torch"):
         pytest.skip("PyTorch's products may sum in another order for another batch")

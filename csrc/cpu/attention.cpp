@@ -127,10 +127,15 @@ void softmax_tile(ForwardTile& tile, int64_t rows, const int64_t* ends, int64_t 
   for (int64_t r = 0; r < rows; r++) {
     float* s = tile.scores + r * kTile;  // (kTile,)
     const int64_t seen = std::clamp(ends[r] - j0, int64_t(0), kTile), end = written(seen);
+    float factor = scale;
+    if (!(scale > 0)) {  // -infinity times it would not hide
+      for (int64_t j = 0; j < seen; j++) s[j] *= scale;
+      factor = 1.0f;
+    }
     for (int64_t j = seen; j < end; j++) s[j] = -kInfinity;
     Floats top = broadcast(-kInfinity);
     for (int64_t j = 0; j < end; j += kLanes) {
-      const Floats scaled = load(s + j) * scale;
+      const Floats scaled = load(s + j) * factor;
       top = maximum(scaled, top);
       store(s + j, scaled);
     }
@@ -264,14 +269,13 @@ void backward_tile(const Head& head, const AttentionBwd& op, const DropoutMask& 
     const int64_t seen = std::clamp(key_end(t0 + r, op.T, op.S, op.causal) - j0, int64_t(0), kTile);
     const int64_t last = written(seen);
     const float lse = head.lse[t0 + r], delta = head.delta[t0 + r];
-    for (int64_t j = seen; j < last; j++) p[j] = -kInfinity;
     for (int64_t j = 0; j < last; j += kLanes) {
       const Floats weight = seen ? exp(load(p + j) * op.scale - lse) : Floats{};
       const Floats slope = weight * (load(ds + j) - delta) * op.scale;
       store(p + j, weight);
       store(ds + j, slope);
     }
-    for (int64_t j = seen; j < last; j++) ds[j] = 0.0f;
+    for (int64_t j = seen; j < last; j++) p[j] = ds[j] = 0.0f;
   }
   if (op.drop) drop_tile(head.p, mask, rows, t0, j0);
 }
