@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fastlm
-from fastlm.numerics import DTYPES
+from fastlm.measure.numerics import DTYPES
 
 from .harness import Case
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 import fastlm
-from fastlm.numerics import DTYPES
+from fastlm.measure.numerics import DTYPES
 
 from .harness import Case
 

@@ -6,7 +6,7 @@ Least traffic: 2 · B · T · H · D elements, read once and written once.
 import torch
 
 import fastlm
-from fastlm.numerics import DTYPES
+from fastlm.measure.numerics import DTYPES
 
 from .harness import Case
 

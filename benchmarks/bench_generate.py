@@ -20,7 +20,7 @@ import torch
 from fastlm.generation import KVCache, stream_tokens
 from fastlm.generation.engine import Engine, cache_dtype, why_not
 from fastlm.measure.clock import Times, race
-from fastlm.numerics import DTYPES, norm_ratio
+from fastlm.measure.numerics import DTYPES, norm_ratio
 from fastlm.quantised import quantise_
 
 from .harness import absent_rows, figures, row_of, told

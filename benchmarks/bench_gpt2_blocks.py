@@ -8,7 +8,7 @@ causal attention (half of the square is masked). Least traffic: the weights and 
 import torch
 
 import fastlm
-from fastlm.numerics import DTYPES
+from fastlm.measure.numerics import DTYPES
 from fastlm.ops import BLOCK_WEIGHTS
 
 from .harness import Case

@@ -6,7 +6,7 @@
 import torch
 
 from fastlm.measure.clock import race, sets_beyond_cache
-from fastlm.numerics import DTYPES
+from fastlm.measure.numerics import DTYPES
 
 from .harness import figures, row_of
 from .programs import Program

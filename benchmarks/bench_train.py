@@ -7,9 +7,9 @@ import contextlib
 
 import torch
 
-from fastlm import native
+from fastlm.backends import native
 from fastlm.measure.clock import race
-from fastlm.numerics import DTYPES
+from fastlm.measure.numerics import DTYPES
 from fastlm.training.config import TrainConfig
 from fastlm.training.optimizer import AdamW
 from fastlm.training.trainer import autocast

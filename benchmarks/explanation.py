@@ -7,7 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastlm import dispatch
 from fastlm.measure import tuned
-from fastlm.numerics import DTYPES
+from fastlm.measure.numerics import DTYPES
 
 
 def explanation(cases):

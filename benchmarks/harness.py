@@ -32,8 +32,8 @@ import fastlm.ops  # noqa: F401  fills dispatch's table
 from fastlm import dispatch
 from fastlm.measure.clock import NOISY, Times, race, sets_beyond_cache
 from fastlm.measure.files import write_json
+from fastlm.measure.numerics import DTYPES, compare
 from fastlm.measure.roofs import device_name
-from fastlm.numerics import DTYPES, compare
 
 OPS = ("softmax_xent", "attention", "decode_attention", "cache_append", "bias_gelu", "layer_norm", "linear_xent",
        "gpt2_blocks", "adamw", "grad_norm")

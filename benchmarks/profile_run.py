@@ -23,7 +23,7 @@ from fastlm.generation.cache import KVCache
 from fastlm.generation.sampling import choose
 from fastlm.generation.step import Step
 from fastlm.gpt2 import GPT2
-from fastlm.numerics import DTYPES
+from fastlm.measure.numerics import DTYPES
 from fastlm.ops import linear_xent
 from fastlm.training.config import TrainConfig
 from fastlm.training.optimizer import AdamW

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 import fastlm
-from fastlm.certificate import transformers_twin
+from fastlm.measure.certificate import transformers_twin
 
 MODEL = {"L": 12, "H": 12, "C": 768, "V": 50257}  # GPT-2 124M
 

@@ -33,7 +33,7 @@ class DeviceGuard {
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-  m.doc() = "fastlm's native kernels; fastlm.native alone calls them";
+  m.doc() = "fastlm's native kernels; fastlm.backends.native alone calls them";
 
   py::module_ on_cpu = m.def_submodule("cpu");
   on_cpu.def("isa", cpu::isa);

@@ -18,7 +18,7 @@ _HOMES = {
     "decode_attention": "fastlm.ops",
     "gpt2_blocks": "fastlm.ops",
     "grad_norm": "fastlm.ops",
-    "keep_heap": "fastlm.native",
+    "keep_heap": "fastlm.backends.native",
     "layer_norm": "fastlm.ops",
     "linear_xent": "fastlm.ops",
     "softmax_xent": "fastlm.ops",

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from fastlm.backends import BACKENDS, devices, machine_why_not
+from fastlm.backends.machine import BACKENDS, devices, machine_why_not
 from fastlm.measure import tuned
 
 _library = torch.library.Library("fastlm", "DEF")

@@ -33,7 +33,8 @@ os.environ["FASTLM_CACHE"] = CACHE.name  # what was tuned on this machine choose
 
 import numerics  # noqa: E402
 
-from fastlm import backends, chunked, dispatch, native, ops  # noqa: E402, F401  ops fills the table
+from fastlm import dispatch, ops  # noqa: E402, F401  ops fills the table
+from fastlm.backends import chunked, machine, native  # noqa: E402  ops fills the table
 
 DEVICE = "cuda" if GPU else "cpu"
 LAUNCHERS = [native]
@@ -129,12 +130,12 @@ def emulated():
     """Registers the test-only backend cuda-emulated: the CUDA kernels, compiled by g++, on CPU tensors."""
     from emulation.build import emulated_module
 
-    if "cuda-emulated" not in backends.BACKENDS:
+    if "cuda-emulated" not in machine.BACKENDS:
         native.emulated = native.Launchers(
             emulated_module().cuda, lambda device: {"device": 0, "stream": 0}, split_decoding=True
         )
         chunked.emulated = chunked.Chunked(native.emulated, padded=True)
-        backends.BACKENDS["cuda-emulated"] = (("cpu",), lambda: None)
+        machine.BACKENDS["cuda-emulated"] = (("cpu",), lambda: None)
         for row in dispatch.TABLE.values():
             if "cuda" in row.kernels:
                 row.kernels["cuda-emulated"] = row.kernels["cuda"].replace(":cuda", ":emulated")
@@ -172,7 +173,7 @@ def backend(request):
         request.getfixturevalue("emulated")
     row = next(row for row in dispatch.TABLE.values() if row.family == family)
     reason = dispatch.why_not(row.name, name)
-    if reason is None and DEVICE not in backends.devices(name):
+    if reason is None and DEVICE not in machine.devices(name):
         reason = f"the {name} kernels take no tensors on {DEVICE}"
     if reason is not None:
         pytest.skip(reason)

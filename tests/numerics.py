@@ -1,8 +1,8 @@
-"""Holds results to the numerics policy (fastlm.numerics), remembers the worst, and makes the numbers to try."""
+"""Holds results to the numerics policy (fastlm.measure.numerics), remembers the worst, and makes the numbers to try."""
 
 import torch
 
-from fastlm.numerics import compare
+from fastlm.measure.numerics import compare
 
 WORST: dict = {}  # (what, backend, dtype) → worst error / allowed
 

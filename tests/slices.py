@@ -85,15 +85,15 @@ SLICES = {
     "build": Slice("test_build.py::(?!test_a_wheel)", "CMakeLists.txt pyproject.toml tests/test_build.py", 50),
     "wheel": Slice("test_build.py::test_a_wheel", "CMakeLists.txt pyproject.toml csrc/bindings.cpp csrc/cpu/isa* "
                    "tests/test_build.py", 60),
-    "model": Slice("test_planted.py", "fastlm/*.py fastlm/ops/* fastlm/generation/* tests/parity.py "
+    "model": Slice("test_planted.py", "fastlm/*.py fastlm/backends/* fastlm/ops/* fastlm/generation/* tests/parity.py "
                    "tests/test_planted.py", 10),
     "124M": Slice("test_parity.py", "fastlm/gpt2.py fastlm/pretrained.py tests/parity.py tests/test_parity.py", 50),
-    "package": layer(r"fastlm/\w+\.py", "fastlm/*.py fastlm/cli/*", "tests/test_dispatch.py tests/test_linear_xent.py "
-                     "tests/test_certificate.py tests/test_refusals.py", 20),
+    "package": layer(r"fastlm/(backends/)?\w+\.py", "fastlm/*.py fastlm/backends/* fastlm/cli/*",
+                     "tests/test_dispatch.py tests/test_linear_xent.py tests/test_refusals.py", 20),
     "generation": layer("fastlm/generation/.*", "fastlm/generation/*", "tests/test_generation.py tests/test_engine.py",
                         5),
     "measure": layer("fastlm/measure/.*", "fastlm/measure/* fastlm/measure/tables/*",
-                     "tests/test_measure.py tests/test_tune.py", 5),
+                     "tests/test_measure.py tests/test_tune.py tests/test_certificate.py tests/test_refusals.py", 10),
     "benchmarks": layer("benchmarks/.*", "benchmarks/*.py", "tests/test_bench.py", 25),
     "training": layer("fastlm/(training|data)/.*", "fastlm/training/* fastlm/data/*",
                       "tests/test_training.py tests/test_data_loader.py", 15),

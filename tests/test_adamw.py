@@ -7,7 +7,7 @@ from conftest import DEVICE
 from guard import guarded
 
 import fastlm
-from fastlm import reference
+from fastlm.backends import reference
 
 FAMILY = "adamw"
 OPTIONS = {"learning_rate": 1e-2, "beta1": 0.9, "beta2": 0.95, "epsilon": 1e-8, "weight_decay": 0.1}

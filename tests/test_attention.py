@@ -10,8 +10,9 @@ from conftest import DEVICE, GPU
 from guard import far_apart, guarded
 
 import fastlm
-from fastlm import dispatch, reference
-from fastlm.philox import keep_mask, philox
+from fastlm import dispatch
+from fastlm.backends import reference
+from fastlm.backends.philox import keep_mask, philox
 
 kernels = pytest.importorskip("fastlm.kernels.attention", reason="triton is not installed")
 FAMILY = "attention"

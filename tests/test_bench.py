@@ -11,7 +11,8 @@ import torch
 from typer.testing import CliRunner
 
 import fastlm
-from fastlm import dispatch, native
+from fastlm import dispatch
+from fastlm.backends import native
 from fastlm.benchmarks import apart, bench_train, compare, harness, peers, programs
 from fastlm.cli import app
 from fastlm.measure import roofs as roofs_module

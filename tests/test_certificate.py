@@ -7,9 +7,10 @@ import pytest
 import torch
 
 import fastlm
-from fastlm import cli, native, vendor
-from fastlm.certificate import certify
+from fastlm import cli
+from fastlm.backends import native, vendor
 from fastlm.data.tokenizer import Tokenizer
+from fastlm.measure.certificate import certify
 
 
 @pytest.fixture
@@ -53,7 +54,7 @@ def test_a_wrong_backend_fails_and_the_first_layer_is_named(monkeypatch):
         return (o, lse) if len(calls) % 3 == 1 else (o * 1.01, lse)
 
     monkeypatch.setattr(vendor, "attention_qkv_fwd", wrong)
-    monkeypatch.setattr("fastlm.certificate.CASES", {})
+    monkeypatch.setattr("fastlm.measure.certificate.CASES", {})
     found = [line for line in certify(backends=["torch"]) if line.path == "model" and line.dtype == "fp32"]
     assert {line.what for line in found if not line.holds} >= {"logits", "loss"}
     assert {line.note for line in found if line.what == "logits"} == {"first astray in layer 1"}

@@ -11,7 +11,8 @@ import torch
 from typer.testing import CliRunner
 
 import fastlm
-from fastlm import backends, dispatch
+from fastlm import dispatch
+from fastlm.backends import machine
 from fastlm.cli import app
 from fastlm.cli import doctor as doctor_module
 from fastlm.cli.doctor import examine
@@ -19,7 +20,7 @@ from fastlm.measure import roofs
 
 SOME = roofs.Roofs(copy=20e9, read=25e9, products={"fp32": 1e11}, launch=1e-6, taken=0.0)
 ROOT = Path(__file__).parent.parent
-compiled = pytest.mark.skipif(backends.machine_why_not("cpu") is not None, reason="the compiled kernels were not built")
+compiled = pytest.mark.skipif(machine.machine_why_not("cpu") is not None, reason="the compiled kernels were not built")
 
 
 def run(*command, **environment):
@@ -75,7 +76,7 @@ def test_roofs_are_measured_on_demand_alone(quick, monkeypatch):
     ("80-virtual", (9, 0), True),
 ])
 def test_code_for_a_gpu(architectures, capability, runs):
-    told = backends._no_code(architectures, capability)
+    told = machine._no_code(architectures, capability)
     assert (told is None) == runs
     if not runs:
         assert f"built for {architectures}, and this GPU is sm_{capability[0]}{capability[1]}" in told
@@ -83,27 +84,27 @@ def test_code_for_a_gpu(architectures, capability, runs):
 
 
 def test_a_gpu_that_is_too_old_has_no_line_that_mends():
-    told = backends._no_code("80-real, 120", (7, 5))
+    told = machine._no_code("80-real, 120", (7, 5))
     assert told == "the CUDA kernels need a GPU of sm_80 or newer, and this is sm_75"
 
 
 def test_cuda_kernels_need_a_gpu_then_a_build_then_code_for_it(quick, monkeypatch):
     parts = {"cpu": SimpleNamespace(isas=lambda: "generic", isa=lambda: "generic", widest_isa=lambda: "generic")}
-    monkeypatch.setattr(backends, "_native", lambda: None)
-    monkeypatch.setitem(backends.BACKENDS, "cpu", (("cpu",), lambda: None))
+    monkeypatch.setattr(machine, "_native", lambda: None)
+    monkeypatch.setitem(machine.BACKENDS, "cpu", (("cpu",), lambda: None))
     monkeypatch.setattr(fastlm, "_C", SimpleNamespace(**parts), raising=False)
-    monkeypatch.setattr(backends, "_no_gpu", lambda: "no GPU")
-    assert backends.machine_why_not("cuda") == "no GPU"
-    monkeypatch.setattr(backends, "_no_gpu", lambda: None)
+    monkeypatch.setattr(machine, "_no_gpu", lambda: "no GPU")
+    assert machine.machine_why_not("cuda") == "no GPU"
+    monkeypatch.setattr(machine, "_no_gpu", lambda: None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
-    why = backends.machine_why_not("cuda")
-    assert "was built without CUDA" in why and backends.ALL in why and why in doctor_module._mend()
+    why = machine.machine_why_not("cuda")
+    assert "was built without CUDA" in why and machine.ALL in why and why in doctor_module._mend()
     monkeypatch.setattr(fastlm, "_C", SimpleNamespace(**parts, cuda=SimpleNamespace(architectures=lambda: "80-real")))
-    why = backends.machine_why_not("cuda")
+    why = machine.machine_why_not("cuda")
     assert "built for 80-real, and this GPU is sm_90" in why and why in doctor_module._mend()
     monkeypatch.setattr(fastlm, "_C", SimpleNamespace(**parts, cuda=SimpleNamespace(architectures=lambda: "90a-real")))
-    assert backends.machine_why_not("cuda") is None and doctor_module._mend() == []
+    assert machine.machine_why_not("cuda") is None and doctor_module._mend() == []
     assert doctor_module._built() == {"cpu": "built for generic; runs on generic", "cuda": "built for 90a-real"}
 
 
@@ -133,7 +134,7 @@ def test_an_instruction_set_asked_for_in_vain(tmp_path):
 ])
 def test_releases_of_torch(version, tested, monkeypatch):
     monkeypatch.setattr(torch, "__version__", version)
-    told = backends.untested_torch()
+    told = machine.untested_torch()
     assert (told is None) == tested
     if not tested:
         assert told.startswith(f"fastlm is tested with torch 2.10 to 2.15, and this is {version}: pip install 'torch>=")
@@ -142,12 +143,13 @@ def test_releases_of_torch(version, tested, monkeypatch):
 
 def test_releases_are_those_of_pyproject():
     told = (ROOT / "pyproject.toml").read_text()
-    (low, lowest), (high, highest) = backends.TESTED
+    (low, lowest), (high, highest) = machine.TESTED
     assert f'"torch>={low}.{lowest},<{high}.{highest + 1}"' in told
 
 
 def test_an_untested_torch_warns_once():
-    code = "import torch; torch.__version__ = '9.0'; import fastlm; fastlm.use, fastlm.GPT2; import fastlm.backends"
+    code = ("import torch; torch.__version__ = '9.0'; import fastlm; fastlm.use, fastlm.GPT2\n"
+            "import fastlm.backends.machine")
     done = run("-c", code)
     assert done.returncode == 0 and done.stderr.count("and this is 9.0") == 1
 
@@ -157,7 +159,7 @@ def test_an_untested_torch_warns_once():
 
 @compiled
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-@pytest.mark.parametrize("modules", ["torch, fastlm._C", "fastlm._C, torch", "fastlm.native"])
+@pytest.mark.parametrize("modules", ["torch, fastlm._C", "fastlm._C, torch", "fastlm.backends.native"])
 def test_one_openmp_runtime_is_mapped(modules):
     """Two would keep two teams of threads, which get in each other's way."""
     done = run("-c", f"import {modules}\nimport torch; torch.ones(9).sum()\n"

@@ -13,7 +13,7 @@ import fastlm
 from fastlm import dispatch
 from fastlm.generation import KVCache, engine, sampling, step
 from fastlm.gpt2 import Conv1D
-from fastlm.numerics import norm_ratio
+from fastlm.measure.numerics import norm_ratio
 from fastlm.quantised import dequantise, quantise, quantise_
 
 if (reason := dispatch.machine_why_not("cpu")) is not None:

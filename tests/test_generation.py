@@ -10,10 +10,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastlm
 from fastlm import dispatch
+from fastlm.backends.philox import philox
 from fastlm.data.tokenizer import Tokenizer
 from fastlm.generation import KVCache, step, stream_tokens
 from fastlm.generation.sampling import BAD, choose, uniforms
-from fastlm.philox import philox
 
 LOOP = sys.modules["fastlm.generation.generate"]  # the package has a function of that name
 

@@ -116,7 +116,7 @@ class Kernels:
         def run(*args):
             if self.error is not None:
                 raise self.error
-            from fastlm import reference
+            from fastlm.backends import reference
 
             found = getattr(reference, name)(*args)
             return tuple(x * float("nan") for x in found) if isinstance(found, tuple) else found * float("nan")

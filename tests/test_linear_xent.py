@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from conftest import DEVICE
 
 import fastlm
-from fastlm import chunked, vendor
+from fastlm.backends import chunked, vendor
 
 FAMILY = "linear_xent"
 

@@ -16,13 +16,13 @@ ROOT = Path(__file__).parent.parent
 # name: (file, text, what it becomes)
 BUGS = {
     "attention scale 10 % off": ("fastlm/ops/attention.py", "D**-0.5", "1.1 * D**-0.5"),
-    "causal mask off by one": ("fastlm/reference.py", "[:, None] + (S - T if", "[:, None] + 1 + (S - T if"),
-    "mask top-left for bottom-right": ("fastlm/reference.py", "S - T if causal == 1 else 0", "0"),
-    "erf GELU for tanh": ("fastlm/reference.py", "torch.tanh(_gelu_argument(u))))", "torch.erf(u / 2**0.5)))"),
+    "causal mask off by one": ("fastlm/backends/reference.py", "[:, None] + (S - T if", "[:, None] + 1 + (S - T if"),
+    "mask top-left for bottom-right": ("fastlm/backends/reference.py", "S - T if causal == 1 else 0", "0"),
+    "erf GELU for tanh": ("fastlm/backends/reference.py", "torch.tanh(_gelu_argument(u))))", "torch.erf(u / 2**0.5)))"),
     "layer norm epsilon": ("fastlm/gpt2.py", "eps=config.layer_norm_epsilon", "eps=1e-3"),
     "missing bias": ("fastlm/gpt2.py", "torch.addmm(self.bias,", "torch.addmm(0 * self.bias,"),
     "residual forgotten": ("fastlm/gpt2.py", "return x, self.mlp(normed)", "return 0 * x, self.mlp(normed)"),
-    "q and k exchanged": ("fastlm/reference.py", 'torch.einsum("bthd,bshd->bhts", q, k) * scale',
+    "q and k exchanged": ("fastlm/backends/reference.py", 'torch.einsum("bthd,bshd->bhts", q, k) * scale',
                           'torch.einsum("bthd,bshd->bhts", k, q) * scale if q.shape == k.shape else '
                           'torch.einsum("bthd,bshd->bhts", q, k) * scale'),
     "final norm left out": ("fastlm/gpt2.py", "return self.transformer.ln_f(added, x)[0]",
@@ -32,21 +32,22 @@ BUGS = {
     "lost gradient of the embedding": ("fastlm/gpt2.py", "self.transformer.wte(tokens, sparse) +",
                                        "self.transformer.wte(tokens, sparse).detach() +"),
     "ignored label counted": ("fastlm/ops/softmax_xent.py", "(y != ignore).sum()", "y.numel()"),
-    "ignored label counted without logits": ("fastlm/reference.py", "(y != ignore).sum()", "torch.tensor(y.numel())"),
-    "unbiased variance": ("fastlm/reference.py", ".square().mean(1) + epsilon",
+    "ignored label counted without logits": ("fastlm/backends/reference.py", "(y != ignore).sum()",
+                                             "torch.tensor(y.numel())"),
+    "unbiased variance": ("fastlm/backends/reference.py", ".square().mean(1) + epsilon",
                           ".square().sum(1) / (s_.shape[1] - 1) + epsilon"),
-    "norm's mean of the gradient": ("fastlm/reference.py", "g - g.mean(1, keepdim=True) -", "g -"),
-    "residual's gradient lost": ("fastlm/reference.py", "dx if ds is None else dx + ds.to(mean.dtype)", "dx"),
+    "norm's mean of the gradient": ("fastlm/backends/reference.py", "g - g.mean(1, keepdim=True) -", "g -"),
+    "residual's gradient lost": ("fastlm/backends/reference.py", "dx if ds is None else dx + ds.to(mean.dtype)", "dx"),
     "labels shifted again": ("fastlm/gpt2.py", "targets.reshape(-1))", "targets.roll(-1, 1).reshape(-1))"),
-    "gradient of an ignored row": ("fastlm/reference.py", ".masked_fill(ignored[:, None], 0.0)", ""),
-    "loss gradient without -1": ("fastlm/reference.py", "(dx - (vocab == y[:, None]).to(dx.dtype))", "dx"),
-    "delta forgotten": ("fastlm/reference.py", "(dp - delta) * scale", "dp * scale"),
-    "scale forgotten backward": ("fastlm/reference.py", "(dp - delta) * scale", "(dp - delta)"),
-    "dropout scale": ("fastlm/reference.py", "256 / (256 - drop)", "1.0"),
-    "dropout mask of another head": ("fastlm/philox.py", "(seed[2] << 16) | h", "(seed[2] << 16) | 0 * h"),
-    "stale cache slot": ("fastlm/reference.py", "block_table[b, position // page]), position % page",
+    "gradient of an ignored row": ("fastlm/backends/reference.py", ".masked_fill(ignored[:, None], 0.0)", ""),
+    "loss gradient without -1": ("fastlm/backends/reference.py", "(dx - (vocab == y[:, None]).to(dx.dtype))", "dx"),
+    "delta forgotten": ("fastlm/backends/reference.py", "(dp - delta) * scale", "dp * scale"),
+    "scale forgotten backward": ("fastlm/backends/reference.py", "(dp - delta) * scale", "(dp - delta)"),
+    "dropout scale": ("fastlm/backends/reference.py", "256 / (256 - drop)", "1.0"),
+    "dropout mask of another head": ("fastlm/backends/philox.py", "(seed[2] << 16) | h", "(seed[2] << 16) | 0 * h"),
+    "stale cache slot": ("fastlm/backends/reference.py", "block_table[b, position // page]), position % page",
                          "block_table[b, position // page]), max(position - 1, 0) % page"),
-    "page of another sequence": ("fastlm/reference.py", "int(block_table[b, position // page])",
+    "page of another sequence": ("fastlm/backends/reference.py", "int(block_table[b, position // page])",
                                  "int(block_table[0, position // page])"),
     "lengths without the new token": ("fastlm/generation/cache.py", "self._total = self.lengths + counts",
                                       "self._total = self.lengths + counts - (0 if self._empty else 1)"),
@@ -97,7 +98,7 @@ with fastlm.use("reference"):
         check("reference", *operands(2, T, S, 2, 8, torch.float32), causal)
     check("reference", *operands(2, 20, 20, 2, 8, torch.float32), dropout=0.25)
     check_loss(torch.randn(4, 37), labels(4, 37), "reference")
-    mask = fastlm.philox.keep_mask(torch.tensor([1, 2, 3, 4]), 1, 2, 8, 64, 100)
+    mask = fastlm.backends.philox.keep_mask(torch.tensor([1, 2, 3, 4]), 1, 2, 8, 64, 100)
     assert not torch.equal(mask[:, 0], mask[:, 1]), "heads share a mask"
 print("passed")
 """

@@ -10,13 +10,14 @@ import torch
 from typer.testing import CliRunner
 
 import fastlm
-from fastlm import backends, certificate, cli, dispatch, native, reference, vendor
+from fastlm import cli, dispatch
+from fastlm.backends import machine, native, reference, vendor
 from fastlm.benchmarks import apart, bench_train, harness
-from fastlm.certificate import Line, certify, unmeasured
 from fastlm.cli import app
 from fastlm.cli import doctor as doctor_module
+from fastlm.measure import certificate, tuned
 from fastlm.measure import roofs as roofs_module
-from fastlm.measure import tuned
+from fastlm.measure.certificate import Line, certify, unmeasured
 from fastlm.measure.roofs import Roofs
 
 ROOFS = Roofs(copy=20e9, read=25e9, products={"fp32": 100e9, "bf16": 200e9, "fp16": 1e9}, launch=1e-6, taken=0.0)
@@ -90,8 +91,8 @@ def plant(monkeypatch):
 @pytest.fixture
 def half(monkeypatch):
     """A backend that has the forward of attention alone."""
-    monkeypatch.setitem(backends.BACKENDS, "half", (("cpu",), lambda: None))
-    monkeypatch.setitem(dispatch.TABLE["attention_qkv_fwd"].kernels, "half", "fastlm.reference")
+    monkeypatch.setitem(machine.BACKENDS, "half", (("cpu",), lambda: None))
+    monkeypatch.setitem(dispatch.TABLE["attention_qkv_fwd"].kernels, "half", "fastlm.backends.reference")
     dispatch._forget()
     return "half"
 
@@ -166,7 +167,7 @@ def test_a_refusal_comes_out_of_the_backward_as_it_is(monkeypatch):
 
 
 def test_a_machine_that_lacks_a_backend_refuses(monkeypatch, capsys):
-    monkeypatch.setitem(backends.BACKENDS, "half", (("cpu",), lambda: "half of it is missing"))
+    monkeypatch.setitem(machine.BACKENDS, "half", (("cpu",), lambda: "half of it is missing"))
     with pytest.raises(dispatch.Refused, match="use: backend 'half' cannot run here: half of it is missing"):
         fastlm.use("half")
     monkeypatch.setattr(sys, "argv", ["fastlm", "check", "--backend", "half"])
@@ -257,10 +258,11 @@ def test_check_names_what_ran_each_part(half, few, monkeypatch, capsys):
 
 @pytest.mark.parametrize("devices, kernels, told", [
     (("cpu",), {}, "what it was asked for ran on"),
-    (("meta",), {"grad_norm": "fastlm.reference"}, "grad_norm in fp32 refused: grad_norm cannot run on backend 'idle'"),
+    (("meta",), {"grad_norm": "fastlm.backends.reference"},
+     "grad_norm in fp32 refused: grad_norm cannot run on backend 'idle'"),
 ])
 def test_check_of_a_backend_that_measures_nothing(devices, kernels, told, few, monkeypatch, capsys):
-    monkeypatch.setitem(backends.BACKENDS, "idle", (devices, lambda: None))
+    monkeypatch.setitem(machine.BACKENDS, "idle", (devices, lambda: None))
     for name, home in kernels.items():
         monkeypatch.setitem(dispatch.TABLE[name].kernels, "idle", home)
     code, out = main(monkeypatch, capsys, "check", "--backend", "idle", "--backend", "torch")
@@ -504,7 +506,7 @@ def test_doctor_fails_where_the_choice_does(plant, few):
 
 
 def test_doctor_tells_what_ran_each_part(half, few, monkeypatch):
-    monkeypatch.setitem(dispatch.TABLE["attention_fwd"].kernels, "half", "fastlm.reference")
+    monkeypatch.setitem(dispatch.TABLE["attention_fwd"].kernels, "half", "fastlm.backends.reference")
     done = run("doctor", "--json")
     found = strict(done.output)["devices"]["cpu"]["attention"]
     assert done.exit_code == 0 and found["backends"]["half"] == "runs"

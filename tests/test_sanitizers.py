@@ -20,9 +20,9 @@ ISAS["avx512bf16"] = ISAS["avx512"] + " -mavx512bf16 -mavx512vnni"
 TESTS = ("attention", "decode_attention", "cache_append", "softmax_xent", "bias_gelu", "layer_norm",
          "linear_xent", "gpt2_blocks", "adamw", "grad_norm", "engine")
 OVERREAD = """
-import sanitized, sys, torch, fastlm.native
+import sanitized, sys, torch, fastlm.backends.native
 x, y, out = torch.randn(3, 64), torch.zeros(3, dtype=torch.int64), torch.empty(2, 3)
-fastlm.native._C.cpu.softmax_xent_fwd(
+fastlm.backends.native._C.cpu.softmax_xent_fwd(
     threads=1, dtype=0, loss=out[0].data_ptr(), lse=out[1].data_ptr(), x=x.data_ptr(), stride_xn=64,
     y=y.data_ptr(), N=3, V=int(sys.argv[1]), ignore=-100,
 )

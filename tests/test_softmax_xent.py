@@ -8,7 +8,7 @@ from conftest import DEVICE
 from guard import guarded
 
 import fastlm
-from fastlm import reference, vendor
+from fastlm.backends import reference, vendor
 
 FAMILY = "softmax_xent"
 SIZES = (1, 37, 127, 8193, 50257)

@@ -14,7 +14,8 @@ import torch
 from safetensors.torch import load_file
 
 import fastlm
-from fastlm import backends, dispatch
+from fastlm import dispatch
+from fastlm.backends import machine
 from fastlm.training import checkpoint
 from fastlm.training import optimizer as optimizer_module
 from fastlm.training import trainer as trainer_module
@@ -212,8 +213,8 @@ def test_bf16_and_compiled_runs(text, tmp_path, monkeypatch):
 
 def test_a_backend_that_leaves_the_backward_to_another(text, tmp_path, monkeypatch):
     """What runs it is told, and holds for the run that is resumed, whatever would be chosen then."""
-    monkeypatch.setitem(backends.BACKENDS, "half", (("cpu",), lambda: None))
-    monkeypatch.setitem(dispatch.TABLE["attention_qkv_fwd"].kernels, "half", "fastlm.reference")
+    monkeypatch.setitem(machine.BACKENDS, "half", (("cpu",), lambda: None))
+    monkeypatch.setitem(dispatch.TABLE["attention_qkv_fwd"].kernels, "half", "fastlm.backends.reference")
     given, notes = config(text, tmp_path / "run", dropout=0.0, steps=4), Notes()
     with fastlm.use(attention="half", attention_qkv_bwd="reference"):
         trainer = Trainer(given, report=notes)
@@ -233,8 +234,8 @@ def test_a_backend_that_leaves_the_backward_to_another(text, tmp_path, monkeypat
 
 def test_a_backend_that_is_forced_has_the_op(text, tmp_path, monkeypatch):
     """The forward is the forced one's although what ran last, the backward, is another's."""
-    monkeypatch.setitem(backends.BACKENDS, "half", (("cpu",), lambda: None))
-    monkeypatch.setitem(dispatch.TABLE["attention_qkv_fwd"].kernels, "half", "fastlm.reference")
+    monkeypatch.setitem(machine.BACKENDS, "half", (("cpu",), lambda: None))
+    monkeypatch.setitem(dispatch.TABLE["attention_qkv_fwd"].kernels, "half", "fastlm.backends.reference")
     with fastlm.use(attention="half"):
         trainer = Trainer(config(text, tmp_path / "run", dropout=0.0))
     assert trainer.backends["attention"] == "half" and trainer.backends["attention_qkv_bwd"] != "half"

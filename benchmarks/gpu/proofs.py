@@ -14,8 +14,8 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 
 from fastlm import dispatch, ops
-from fastlm.certificate import CASES
-from fastlm.numerics import DTYPES, compare
+from fastlm.measure.certificate import CASES
+from fastlm.measure.numerics import DTYPES, compare
 from fastlm.training.config import TrainConfig
 from fastlm.training.optimizer import AdamW
 from fastlm.training.trainer import autocast

@@ -24,9 +24,9 @@ def check(
     from rich.console import Console
 
     import fastlm
-    from fastlm.certificate import as_dict, certify, unmeasured
     from fastlm.cli.device import device_of
     from fastlm.gpt2 import GPT2
+    from fastlm.measure.certificate import as_dict, certify, unmeasured
 
     device = device_of(device)
     loaded = None if model is None else GPT2.from_pretrained(str(model), device=device).eval()

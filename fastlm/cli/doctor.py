@@ -45,7 +45,7 @@ def examine(*, measure=False):
     import torch
 
     import fastlm
-    from fastlm.backends import BACKENDS, machine_why_not
+    from fastlm.backends.machine import BACKENDS, machine_why_not
     from fastlm.measure.roofs import device_name, known_roofs, roofs
 
     packages = {}
@@ -79,7 +79,7 @@ def examine(*, measure=False):
 
 def _built():
     """The halves of the compiled module: what each was built for, or the sentence why it is absent."""
-    from fastlm.backends import machine_why_not
+    from fastlm.backends.machine import machine_why_not
 
     if (reason := machine_why_not("cpu")) is not None:
         return {"cpu": reason, "cuda": reason}
@@ -93,7 +93,7 @@ def _built():
 
 def _isa():
     """(the instruction set that the CPU kernels run on, None), or (None, why FASTLM_CPU_ISA asks for one in vain)."""
-    from fastlm.backends import machine_why_not
+    from fastlm.backends.machine import machine_why_not
 
     if machine_why_not("cpu") is not None:
         return None, None
@@ -109,7 +109,7 @@ def _mend():
     """What is amiss with the installation: sentences, each with the line that mends it."""
     import torch
 
-    from fastlm.backends import ALL, machine_why_not, untested_torch
+    from fastlm.backends.machine import ALL, machine_why_not, untested_torch
 
     told = [untested_torch(), _isa()[1]]
     if machine_why_not("cpu") is None:
@@ -134,7 +134,7 @@ def _ops(device):
     others      backend → {torch op: the backend that ran it}, for those that leave a part of the op to another
     """
     from fastlm import dispatch
-    from fastlm.backends import BACKENDS
+    from fastlm.backends.machine import BACKENDS
 
     findings = {}
     for family, call in _samples(device).items():

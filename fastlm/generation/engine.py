@@ -12,7 +12,8 @@ import weakref
 import torch
 import torch.nn.functional as F
 
-from fastlm import dispatch, native
+from fastlm import dispatch
+from fastlm.backends import native
 from fastlm.gpt2 import GPT2
 from fastlm.quantised import GROUP, head_kind, quantise
 

@@ -10,8 +10,9 @@ from numbers import Integral, Real
 
 import torch
 
-from fastlm import dispatch, native
-from fastlm.philox import philox
+from fastlm import dispatch
+from fastlm.backends import native
+from fastlm.backends.philox import philox
 
 BAD = -2  # in place of a token
 

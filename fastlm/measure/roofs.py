@@ -17,7 +17,7 @@ import torch
 
 from fastlm.measure.clock import cache_bytes, race
 from fastlm.measure.files import cache_folder, slug, write_json
-from fastlm.numerics import DTYPES
+from fastlm.measure.numerics import DTYPES
 
 LIMIT = 20.0  # seconds that measuring a device takes at most, give or take a call
 LARGEST = 2**30  # bytes of a buffer

@@ -10,8 +10,8 @@ import warnings
 from pathlib import Path
 
 from fastlm.measure.files import cache_folder, slug, write_json
+from fastlm.measure.numerics import DTYPES
 from fastlm.measure.roofs import device_name
-from fastlm.numerics import DTYPES
 
 SHIPPED = Path(__file__).parent / "tables"
 

@@ -2,14 +2,14 @@
 
 import torch
 
-from fastlm.checks import check, check_dtype
 from fastlm.dispatch import define
+from fastlm.ops.checks import check, check_dtype
 
 KERNELS = {
     "triton": "fastlm.kernels.adamw",
-    "cpu": "fastlm.native:cpu",
-    "torch": "fastlm.vendor",
-    "reference": "fastlm.reference",
+    "cpu": "fastlm.backends.native:cpu",
+    "torch": "fastlm.backends.vendor",
+    "reference": "fastlm.backends.reference",
 }
 ORDER = {"cpu": ("cpu", "torch", "reference"), "cuda": ("triton", "torch", "reference")}
 

@@ -2,16 +2,16 @@
 
 import torch
 
-from fastlm.checks import check, check_dtype, inner_contiguous, refuse_double_backward
 from fastlm.dispatch import define
+from fastlm.ops.checks import check, check_dtype, inner_contiguous, refuse_double_backward
 
 BACKWARD = {
     "triton": "fastlm.kernels.attention",
-    "cpu": "fastlm.native:cpu",
-    "torch": "fastlm.vendor",
-    "reference": "fastlm.reference",
+    "cpu": "fastlm.backends.native:cpu",
+    "torch": "fastlm.backends.vendor",
+    "reference": "fastlm.backends.reference",
 }
-KERNELS = {"cuda": "fastlm.native:cuda", **BACKWARD}  # of the forward; the backward of `cuda` is another backend's
+KERNELS = {"cuda": "fastlm.backends.native:cuda", **BACKWARD}  # `cuda` has the forward alone
 ORDER = {"cpu": ("cpu", "torch", "reference"), "cuda": ("torch", "triton", "cuda", "reference")}
 SHORT = 2048  # tokens up to which Triton's backward was measured to be faster than cuDNN's
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)

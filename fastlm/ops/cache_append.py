@@ -2,15 +2,15 @@
 
 import torch
 
-from fastlm.checks import check, check_dtype, check_inner_contiguous, inner_contiguous
 from fastlm.dispatch import define
+from fastlm.ops.checks import check, check_dtype, check_inner_contiguous, inner_contiguous
 
 KERNELS = {
-    "cuda": "fastlm.native:cuda",
+    "cuda": "fastlm.backends.native:cuda",
     "triton": "fastlm.kernels.cache_append",
-    "cpu": "fastlm.native:cpu",
-    "torch": "fastlm.vendor",
-    "reference": "fastlm.reference",
+    "cpu": "fastlm.backends.native:cpu",
+    "torch": "fastlm.backends.vendor",
+    "reference": "fastlm.backends.reference",
 }
 ORDER = {"cpu": ("cpu", "torch", "reference"), "cuda": ("cuda", "triton", "torch", "reference")}
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)

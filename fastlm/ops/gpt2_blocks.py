@@ -2,10 +2,14 @@
 
 import torch
 
-from fastlm.checks import check, check_dtype, refuse_double_backward
 from fastlm.dispatch import define
+from fastlm.ops.checks import check, check_dtype, refuse_double_backward
 
-KERNELS = {"cpu": "fastlm.native:cpu", "torch": "fastlm.composed:torch_", "reference": "fastlm.composed:reference_"}
+KERNELS = {
+    "cpu": "fastlm.backends.native:cpu",
+    "torch": "fastlm.backends.composed:torch_",
+    "reference": "fastlm.backends.composed:reference_",
+}
 ORDER = {"cpu": ("cpu", "torch", "reference"), "cuda": ("torch", "reference")}
 BLOCK_WEIGHTS = {  # of a block, in their order: transformers' names, and their shapes
     "ln_1.weight": "C", "ln_1.bias": "C", "attn.c_attn.weight": "C 3C", "attn.c_attn.bias": "3C",

@@ -2,16 +2,16 @@
 
 import torch
 
-from fastlm.checks import check, check_dtype, refuse_double_backward
 from fastlm.dispatch import define
+from fastlm.ops.checks import check, check_dtype, refuse_double_backward
 from fastlm.ops.softmax_xent import check_labels
 
 KERNELS = {
-    "cuda": "fastlm.chunked:cuda",
-    "triton": "fastlm.chunked:triton",
-    "cpu": "fastlm.chunked:cpu",
-    "torch": "fastlm.chunked:torch_",
-    "reference": "fastlm.reference",
+    "cuda": "fastlm.backends.chunked:cuda",
+    "triton": "fastlm.backends.chunked:triton",
+    "cpu": "fastlm.backends.chunked:cpu",
+    "torch": "fastlm.backends.chunked:torch_",
+    "reference": "fastlm.backends.reference",
 }
 ORDER = {"cpu": ("cpu", "torch", "reference"), "cuda": ("cuda", "triton", "torch", "reference")}
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -15,14 +15,15 @@ from pathlib import Path
 
 import torch
 
-from fastlm import dispatch, native
+from fastlm import dispatch
+from fastlm.backends import native
 from fastlm.config import GPT2Config
 from fastlm.data.loader import Loader
 from fastlm.data.prepare import MANIFEST, load_manifest, prepare
 from fastlm.data.shards import read_split
 from fastlm.data.tokenizer import Tokenizer
 from fastlm.gpt2 import GPT2
-from fastlm.numerics import DTYPES
+from fastlm.measure.numerics import DTYPES
 from fastlm.ops import adamw_
 from fastlm.training import checkpoint
 from fastlm.training.config import TrainConfig

@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 
-from fastlm import reference
+from fastlm.backends import reference
 
 aten = torch.ops.aten
 

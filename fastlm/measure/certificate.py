@@ -1,6 +1,6 @@
 """The parity certificate: every op and a whole model, on every backend that runs here, against fp64 and transformers.
 
-The truth is the `reference` backend in fp64, the measure the same backend in the dtype under test (fastlm.numerics).
+The truth is the `reference` backend in fp64, the measure the same backend in the dtype under test (numerics.py).
 Where transformers is installed, fp32 logits and loss are also held to its GPT-2: allowed is four times the difference
 between its own two attention implementations, at least 8 rounding units. Only dispatch refuses: a kernel that raises
 has failed, and so has its line. What ran every torch op is recorded: a backend may leave part of an op to another.
@@ -15,10 +15,10 @@ from dataclasses import asdict, dataclass, field
 import torch
 
 from fastlm import dispatch, ops
-from fastlm.backends import BACKENDS
+from fastlm.backends.machine import BACKENDS
 from fastlm.generation import KVCache
 from fastlm.gpt2 import GPT2, GPT2Config
-from fastlm.numerics import DTYPES, compare, norm_ratio
+from fastlm.measure.numerics import DTYPES, compare, norm_ratio
 
 
 @dataclass(frozen=True)

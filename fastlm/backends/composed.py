@@ -5,7 +5,7 @@ What forward returns behind y, and backward takes, is that of csrc/fastlm.h, Gpt
 
 import torch
 
-from fastlm import reference, vendor
+from fastlm.backends import reference, vendor
 
 
 class Composed:

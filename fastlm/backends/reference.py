@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from fastlm.philox import keep_mask
+from fastlm.backends.philox import keep_mask
 
 
 def softmax_xent_fwd(x, y, ignore):

@@ -8,7 +8,7 @@ behind it, a multiple of PAD in all, so that rows of logits lie that far apart a
 
 import torch
 
-from fastlm import native, vendor
+from fastlm.backends import native, vendor
 
 # On a CPU rows of a chunk: with fewer, packing w for every product costs time. As many logits are few beside what else
 # a step holds. On a GPU they are a multiple of its number, with as many bytes of logits as fill the device for long.

@@ -1,0 +1,1 @@
+"""What serves the ops: what this machine can run, and a module per kind of backend."""
