@@ -1,112 +1,138 @@
-// Binds an op that takes one struct of pointers, sizes and strides as a Python function of keyword arguments.
+// The ops as Python sees them: their fields by name, and a call that takes all of a struct as bytes.
 //
-//   bind_cpu(m, "softmax_xent_fwd", cpu::softmax_xent_fwd);      fields_of<SoftmaxXentFwd>() is in fields.h
+//   m.ops["softmax_xent_fwd"].fields      ("loss", "lse", "x", …)
+//   m.ops["softmax_xent_fwd"].format      "PPPqPqqqi", as Python's struct module reads it
+//   m.ops["softmax_xent_fwd"](bytes, …)   runs it, without the GIL
 //
-// Every field must be given and no other; pointers come as integers (data_ptr()). The GIL is released while the
-// op runs.
+// csrc/declared.py lists the members of the structs of fastlm.h.
 #pragma once
 
 #include <pybind11/pybind11.h>
 
+#include <cstddef>
 #include <cstdint>
-#include <functional>
+#include <cstring>
+#include <iterator>
+#include <stdexcept>
 #include <string>
+#include <string_view>
 #include <type_traits>
-#include <utility>
-#include <vector>
 
+#include "declared.h"
 #include "fastlm.h"
 
 namespace fastlm {
 
 namespace py = pybind11;
 
-template <class Op>
 struct Field {
   const char* name;
-  void (*set)(Op&, const py::handle&);
+  size_t offset, size;
+  char code;
 };
 
+// How Python's struct module names a type.
 template <class Member>
-Member from_python(const py::handle& value) {
-  if constexpr (std::is_pointer_v<Member>) {
-    return reinterpret_cast<Member>(value.cast<uintptr_t>());
-  } else if constexpr (std::is_enum_v<Member>) {
-    return static_cast<Member>(value.cast<int>());
-  } else {
-    return value.cast<Member>();
+constexpr char code() {
+  if constexpr (std::is_pointer_v<Member>) return 'P';
+  else if constexpr (std::is_same_v<Member, int64_t>) return 'q';
+  else if constexpr (std::is_same_v<Member, float>) return 'f';
+  else if constexpr (std::is_same_v<Member, double>) return 'd';
+  else {
+    static_assert(std::is_enum_v<Member> || std::is_same_v<Member, int>, "a kind of field that Python cannot fill");
+    return 'i';
   }
 }
 
-// The arguments of an Op, in the order of its struct.
-template <class Op>
-std::vector<Field<Op>> fields_of();
-
-// Fills an Op from keyword arguments, taking each away; TypeError for one that is missing or left over.
-template <class Op>
-Op take_fields(const char* name, const std::vector<Field<Op>>& fields, py::kwargs& kwargs) {
-  Op op{};
-  for (const Field<Op>& field : fields) {
-    PyObject* value = PyDict_GetItemString(kwargs.ptr(), field.name);
-    if (!value) throw py::type_error(std::string(name) + ": missing argument " + field.name);
-    field.set(op, value);
+// Whether the fields lie one behind the other, as the struct module packs them, and fill the struct.
+constexpr bool whole(const Field* fields, size_t count, size_t size) {
+  size_t end = 0, widest = 1;
+  for (size_t i = 0; i < count; i++) {
+    if (fields[i].offset != (end + fields[i].size - 1) / fields[i].size * fields[i].size) return false;
+    end = fields[i].offset + fields[i].size;
+    if (fields[i].size > widest) widest = fields[i].size;
   }
-  if (kwargs.size() != fields.size()) {
-    throw py::type_error(std::string(name) + ": got " + std::to_string(kwargs.size()) + " fields, wanted " +
-                         std::to_string(fields.size()));
-  }
-  return op;
+  return size == (end + widest - 1) / widest * widest;
 }
 
-// m.<name>(*, threads, **fields)
-template <class Op>
-void bind_cpu(py::module_& m, const char* name, void (*run)(const Op&, int)) {
-  m.def(
-      name,
-      [name, run, fields = fields_of<Op>()](int threads, py::kwargs kwargs) {
-        Op op = take_fields<Op>(name, fields, kwargs);
-        py::gil_scoped_release release;
-        run(op, threads);
-      },
-      py::kw_only(), py::arg("threads"));
-}
+#define FASTLM_FIELD(Op, member) {#member, offsetof(Op, member), sizeof(Op::member), code<decltype(Op::member)>()},
+#define FASTLM_TABLE(Op)                                                      \
+  inline constexpr Field kFieldsOf##Op[] = {FASTLM_FIELDS_OF_##Op(FASTLM_FIELD)}; \
+  static_assert(whole(kFieldsOf##Op, std::size(kFieldsOf##Op), sizeof(Op)), #Op ": csrc/declared.py misses a member");
+FASTLM_STRUCTS(FASTLM_TABLE)
+#undef FASTLM_TABLE
+#undef FASTLM_FIELD
 
-// A call with its arguments, to be made again and again.
-class Prepared {
+// An op: its fields, and how it runs on a queue, the number of threads or a GPU's stream.
+template <class Queue>
+struct Bound {
+  const char* name;
+  const Field* fields;
+  size_t count, size;
+  void (*run)(const void*, Queue);
+
+  std::string format() const {
+    std::string codes;
+    for (size_t i = 0; i < count; i++) codes += fields[i].code;
+    return codes;
+  }
+
+  py::tuple names() const {
+    py::tuple told(count);
+    for (size_t i = 0; i < count; i++) told[i] = fields[i].name;
+    return told;
+  }
+};
+
+#define FASTLM_BOUND(space, Queue, op, Op)                                                          \
+  Bound<Queue>{#op, kFieldsOf##Op, std::size(kFieldsOf##Op), sizeof(Op),                            \
+               [](const void* given, Queue queue) { space::op(*static_cast<const Op*>(given), queue); }}
+
+// A struct that was packed in Python.
+class Packed {
  public:
-  explicit Prepared(std::function<void()> run) : run_(std::move(run)) {}
-  void operator()() const {
-    py::gil_scoped_release release;
-    run_();
+  template <class Queue>
+  Packed(const Bound<Queue>& op, const py::bytes& fields) {
+    const std::string_view given = fields;
+    const Field& last = op.fields[op.count - 1];
+    if (given.size() != last.offset + last.size || op.size > sizeof(op_)) {
+      throw std::invalid_argument(std::string(op.name) + ": its fields come in " + std::to_string(given.size()) +
+                                  " bytes, wanted " + std::to_string(last.offset + last.size));
+    }
+    std::memcpy(op_, given.data(), given.size());
   }
+  const void* get() const { return op_; }
 
  private:
-  std::function<void()> run_;
+  alignas(std::max_align_t) char op_[1024];
 };
 
-// m.<name>(*, threads, **fields) gives a Prepared
-template <class Op>
-void bind_cpu_prepared(py::module_& m, const char* name, void (*run)(const Op&, int)) {
-  m.def(
-      name,
-      [name, run, fields = fields_of<Op>()](int threads, py::kwargs kwargs) {
-        return Prepared([run, threads, op = take_fields<Op>(name, fields, kwargs)] { run(op, threads); });
-      },
-      py::kw_only(), py::arg("threads"));
+// Gives `m` its ops; `define` says how they are called.
+template <class Queue, size_t kCount, class Define>
+void bind(py::module_& m, const Bound<Queue> (&ops)[kCount], Define define) {
+  py::class_<Bound<Queue>> type(m, "Op", py::module_local());
+  type.def_property_readonly("fields", &Bound<Queue>::names).def_property_readonly("format", &Bound<Queue>::format);
+  define(type);
+  py::dict named;
+  for (const Bound<Queue>& op : ops) named[op.name] = py::cast(op);
+  m.attr("ops") = named;
+#define FASTLM_CONSTANT(name) m.attr(#name) = name;
+  FASTLM_CONSTANTS(FASTLM_CONSTANT)
+#undef FASTLM_CONSTANT
 }
 
-// m.<name>(*, device, stream, **fields); Guard makes `device` current while the op is launched.
-template <class Guard, class Op>
-void bind_cuda(py::module_& m, const char* name, void (*run)(const Op&, cudaStream_t)) {
-  m.def(
-      name,
-      [name, run, fields = fields_of<Op>()](int device, uintptr_t stream, py::kwargs kwargs) {
-        Op op = take_fields<Op>(name, fields, kwargs);
-        py::gil_scoped_release release;
-        Guard guard(device);
-        run(op, reinterpret_cast<cudaStream_t>(stream));
-      },
-      py::kw_only(), py::arg("device"), py::arg("stream"));
+// m.ops[name](fields, *, device, stream); Guard makes `device` current while the op is launched.
+#define FASTLM_CUDA_OP(op, Op) FASTLM_BOUND(cuda, cudaStream_t, op, Op),
+template <class Guard, size_t kCount>
+void bind_cuda(py::module_& m, const Bound<cudaStream_t> (&ops)[kCount]) {
+  bind(m, ops, [](auto& type) {
+    type.def("__call__", [](const Bound<cudaStream_t>& op, const py::bytes& fields, int device, uintptr_t stream) {
+      const Packed packed(op, fields);
+      py::gil_scoped_release release;
+      Guard guard(device);
+      op.run(packed.get(), reinterpret_cast<cudaStream_t>(stream));
+    }, py::arg("fields"), py::kw_only(), py::arg("device"), py::arg("stream"));
+  });
 }
 
 }  // namespace fastlm

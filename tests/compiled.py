@@ -4,6 +4,7 @@ temporary directory; of several processes that want the same one, one compiles a
 import concurrent.futures
 import fcntl
 import hashlib
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -20,6 +21,25 @@ def compiler():
     if (found := shutil.which("g++")) is None:
         pytest.skip("g++ is not here to compile what this tests")
     return found
+
+
+def table():
+    """The module csrc/declared.py."""
+    spec = importlib.util.spec_from_file_location("declared", ROOT / "csrc" / "declared.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def declared():
+    """The folder of declared.h, which fastlm.h and declared.py make."""
+    content = b"".join((ROOT / "csrc" / name).read_bytes() for name in ("declared.py", "fastlm.h"))
+    folder = KEPT / hashlib.sha256(content).hexdigest()[:24]
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = folder / f"{os.getpid()}-declared.h"
+    table().write(partial)
+    os.replace(partial, folder / "declared.h")
+    return folder
 
 
 def kept(name, command, inputs, folders=()):

@@ -28,7 +28,7 @@ def planted(where, files):
 
 def cpu(files, others, seconds):
     """Bugs in csrc/cpu/<files>, found by the tests of `others`."""
-    shared = "csrc/*.h csrc/cpu/simd.h csrc/cpu/isa.h csrc/cpu/parallel.h csrc/bindings.cpp tests/sanitized.py"
+    shared = "csrc/*.h csrc/cpu/simd.h csrc/cpu/isa* csrc/cpu/parallel.h csrc/bindings.cpp csrc/declared.py tests/sanitized.py"
     own = " ".join(f"csrc/cpu/{name}.*" for name in files.split())
     return Slice(planted("cpu", files), f"{own} {others} {shared} tests/test_planted_layers.py", seconds)
 
@@ -52,7 +52,7 @@ def layer(pattern, files, others, seconds):
     return Slice(planted("a_layer", pattern), f"{files} {others} tests/test_planted_layers.py", seconds)
 
 
-SANITIZED = "csrc/bindings.cpp tests/sanitized.py tests/test_sanitizers.py tests/compiled.py"
+SANITIZED = "csrc/bindings.cpp csrc/declared.py tests/sanitized.py tests/test_sanitizers.py tests/compiled.py"
 SLICES = {
     "cuda attention": cuda("attention", 25),
     "cuda softmax_xent": cuda("softmax_xent", 30),

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import compiled
 import pytest
 
 from fastlm import dispatch, ops
@@ -79,7 +80,7 @@ def test_kernels_know_nothing_of_the_package():
         assert {name.split(".")[0] for name in imports(path)} <= {"torch", "triton"}, path
     for path in (ROOT / "csrc").rglob("*.*"):
         assert not re.search(r"#include\s*<(torch|ATen|c10)", path.read_text()), path
-        if path.name not in ("bind.h", "bindings.cpp", "fields.h"):
+        if path.name not in ("bind.h", "bindings.cpp"):
             assert not re.search("pybind11|Python.h", path.read_text()), path
 
 
@@ -92,7 +93,7 @@ def test_kernel_files_hold_no_torch_mathematics():
     """Only the torch backend and the oracle may compute with PyTorch."""
     allowed = {"empty", "float32", "bfloat16", "float16", "get_num_threads", "cuda", "get_device_capability",
                "get_device_properties", "current_stream", "device_of", "Tensor", "int8", "int64",
-               "tensor"}  # of addresses
+               "dtype", "tensor"}  # of addresses
     for path in (ROOT / "fastlm" / "backends" / "native.py", *(ROOT / "kernels").glob("*.py")):
         used = set(re.findall(r"\btorch\.(?:cuda\.)?(\w+)", path.read_text()))
         assert used <= allowed, (path.name, used - allowed)
@@ -129,3 +130,15 @@ def test_import_is_light():
 def test_help_is_light():
     code = "sys.argv = ['fastlm', '--help']\nfrom fastlm.cli import app\napp(standalone_mode=False)"
     assert not {"torch", "transformers", "triton", "tokenizers"} & modules_after(code)
+
+
+def test_an_op_is_declared_once():
+    """What fastlm.h declares is nowhere said again: not in the bindings, the build or the list of instruction sets."""
+    structs, _, spaces = compiled.table().declared((ROOT / "csrc" / "fastlm.h").read_text())
+    assert len(structs) >= 17 and set(spaces) == {"cpu", "cuda"} and set(spaces["cuda"]) <= set(spaces["cpu"])
+    names = {*structs, *spaces["cpu"]}
+    for path in (ROOT / "csrc" / "bind.h", ROOT / "csrc" / "bindings.cpp", ROOT / "CMakeLists.txt",
+                 ROOT / "csrc" / "cpu" / "isa.h", ROOT / "csrc" / "cpu" / "isa.cpp",
+                 ROOT / "tests" / "emulation" / "module.cpp"):
+        code = re.sub(r"//.*", "", path.read_text())
+        assert not names & set(re.findall(r"\w+", code)), path

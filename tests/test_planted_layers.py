@@ -186,9 +186,10 @@ def compile_cpu(sources, folder, level="-O1"):
     """The objects of sources of csrc/cpu for the generic instruction set; the headers in `folder` come before those."""
     import pybind11
 
-    includes = [f"-I{path}" for path in (folder, ROOT / "csrc", ROOT / "csrc" / "cpu", pybind11.get_include(),
-                                         sysconfig.get_path("include"))]
-    flags = ["-std=c++20", level, "-fPIC", "-fopenmp", "-fno-math-errno", "-DFASTLM_ISA=generic", *includes]
+    includes = [f"-I{path}" for path in (folder, ROOT / "csrc", ROOT / "csrc" / "cpu", compiled.declared(),
+                                         pybind11.get_include(), sysconfig.get_path("include"))]
+    flags = ["-std=c++20", level, "-fPIC", "-fopenmp", "-fno-math-errno", "-DFASTLM_ISA=generic",
+             "-DFASTLM_BUILT=X(generic)", *includes]
     headers = [*sorted((ROOT / "csrc").glob("*.h")), *sorted((ROOT / "csrc" / "cpu").glob("*.h")),
                *sorted(folder.glob("*.h"))]
     return compiled.objects(dict.fromkeys(sources, flags), headers, [folder])

@@ -1,93 +1,87 @@
 // Chooses the widest instruction set that was built and that this CPU has; FASTLM_CPU_ISA asks for a lower one.
-#include "isa.h"
-#include "isa_has.h"
+// FASTLM_BUILT is "X(generic) X(avx2)", in ascending order.
+#include "isas.h"
 
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
 
+#include "declared.h"
+#include "fastlm.h"
+
 namespace fastlm::cpu {
+
+#define FASTLM_POINTER(op, Op) void (*op)(const Op&, int);
+struct Kernels {
+  FASTLM_CPU_OPS(FASTLM_POINTER)
+};
+
+#define FASTLM_DECLARE(op, Op) void op(const Op&, int threads);
+#define FASTLM_TAKE(op, Op) op,
+#define X(isa)                                            \
+  namespace isa {                                         \
+  FASTLM_CPU_OPS(FASTLM_DECLARE)                          \
+  constexpr Kernels kKernels{FASTLM_CPU_OPS(FASTLM_TAKE)}; \
+  }
+FASTLM_BUILT
+#undef X
+
 namespace {
 
-bool built(Isa isa) {
-  switch (isa) {
-#ifdef FASTLM_HAVE_AVX2
-    case Isa::avx2: return true;
-#endif
-#ifdef FASTLM_HAVE_AVX512
-    case Isa::avx512: return true;
-#endif
-#ifdef FASTLM_HAVE_AVX512BF16
-    case Isa::avx512bf16: return true;
-#endif
-    default: return isa == Isa::generic;
-  }
-}
+struct Built {
+  Isa isa;
+  const Kernels* kernels;
+};
 
-constexpr const char* kNames[] = {"generic", "avx2", "avx512", "avx512bf16"};  // by Isa
+#define X(isa) {Isa::isa, &isa::kKernels},
+constexpr Built kBuilt[] = {FASTLM_BUILT};
+#undef X
 
-Isa choose() {
+#define FASTLM_NAME(name, processor, flags, needs) #name,
+constexpr const char* kNames[] = {FASTLM_ISAS(FASTLM_NAME)};  // by Isa
+
+Built choose() {
   const char* asked = std::getenv("FASTLM_CPU_ISA");
-  int number = 3;
   if (!asked || !*asked) {
-    while (!built(Isa(number)) || !has(Isa(number))) number--;
-    return Isa(number);
+    Built best = kBuilt[0];
+    for (const Built& built : kBuilt)
+      if (has_isa(built.isa)) best = built;
+    return best;
   }
-  const std::string name = asked;
-  while (number >= 0 && name != kNames[number]) number--;
-  if (number < 0) {
-    throw std::invalid_argument("FASTLM_CPU_ISA is '" + name + "', wanted avx512bf16, avx512, avx2 or generic");
+  const std::string told = "FASTLM_CPU_ISA is '" + std::string(asked) + "', ";
+  std::string wanted;
+  for (int number = 0; number < int(std::size(kNames)); number++) {
+    if (std::string(asked) != kNames[number]) {
+      wanted = kNames[number] + (wanted.empty() ? "" : (number == 1 ? " or " : ", ") + wanted);
+      continue;
+    }
+    if (!has_isa(Isa(number))) throw std::runtime_error(told + "which this CPU does not have");
+    for (const Built& built : kBuilt)
+      if (built.isa == Isa(number)) return built;
+    throw std::runtime_error(told + "which was not built; FASTLM_TARGETS=all pip install -e . builds all of them");
   }
-  const Isa isa = Isa(number);
-  if (!has(isa)) throw std::runtime_error("FASTLM_CPU_ISA is '" + name + "', which this CPU does not have");
-  if (!built(isa)) {
-    throw std::runtime_error("FASTLM_CPU_ISA is '" + name + "', which was not built; FASTLM_TARGETS=all pip install -e . "
-                             "builds all of them");
-  }
-  return isa;
+  throw std::invalid_argument(told + "wanted " + wanted);
 }
 
-Isa chosen() {
-  static const Isa isa = choose();
-  return isa;
+const Built& chosen() {
+  static const Built built = choose();
+  return built;
 }
 
 }  // namespace
 
-const char* isa() { return kNames[int(chosen())]; }
+const char* isa() { return kNames[int(chosen().isa)]; }
 
 const char* widest_isa() { return kNames[int(widest())]; }
 
 std::string isas() {
   std::string names;
-  for (int number = 0; number < 4; number++)
-    if (built(Isa(number))) names += (names.empty() ? "" : ", ") + std::string(kNames[number]);
+  for (const Built& built : kBuilt) names += (names.empty() ? "" : ", ") + std::string(kNames[int(built.isa)]);
   return names;
 }
 
-#ifdef FASTLM_HAVE_AVX512BF16
-#define FASTLM_AVX512BF16(op) if (chosen() == Isa::avx512bf16) return avx512bf16::op(args, threads);
-#else
-#define FASTLM_AVX512BF16(op)
-#endif
-#ifdef FASTLM_HAVE_AVX512
-#define FASTLM_AVX512(op) if (chosen() == Isa::avx512) return avx512::op(args, threads);
-#else
-#define FASTLM_AVX512(op)
-#endif
-#ifdef FASTLM_HAVE_AVX2
-#define FASTLM_AVX2(op) if (chosen() == Isa::avx2) return avx2::op(args, threads);
-#else
-#define FASTLM_AVX2(op)
-#endif
-#define FASTLM_FORWARD(op, Op)              \
-  void op(const Op& args, int threads) {    \
-    FASTLM_AVX512BF16(op)                   \
-    FASTLM_AVX512(op)                       \
-    FASTLM_AVX2(op)                         \
-    return generic::op(args, threads);      \
-  }
-
+#define FASTLM_FORWARD(op, Op) \
+  void op(const Op& args, int threads) { chosen().kernels->op(args, threads); }
 FASTLM_CPU_OPS(FASTLM_FORWARD)
 
 }  // namespace fastlm::cpu

@@ -69,8 +69,8 @@ class Engine:
             "D": config.n_embd // config.n_head, "V": self._V, "inner": config.n_inner or 4 * config.n_embd,
             "page": cache.k_pages[0].shape[1], "max_pages": cache.block_table.shape[1],
             "epsilon": config.layer_norm_epsilon, "weights": _NUMBERS[weights.kind],
-            "head_weights": _NUMBERS[head_kind(weights.kind)], "dtype": native.dtype_number(model.dtype),
-            "page_dtype": native.dtype_number(cache.k_pages[0].dtype),
+            "head_weights": _NUMBERS[head_kind(weights.kind)], "dtype": model.dtype,
+            "page_dtype": cache.k_pages[0].dtype,
         } | _NO_DRAW
 
     def __call__(self, tokens, counts):

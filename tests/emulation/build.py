@@ -24,7 +24,7 @@ def _build(name, sources, link, cuda=CUDA):
         pytest.skip("the CUDA kernels are compiled for the CPU on x86-64, which this is not")
     headers = [*sorted(cuda.glob("*.cuh")), *sorted(HERE.glob("*.h")), *sorted((ROOT / "csrc").glob("*.h"))]
     # The altered copy comes first: csrc/cuda is not on the path.
-    include = [f"-I{cuda}", f"-I{HERE}", f"-I{ROOT / 'csrc'}"]
+    include = [f"-I{cuda}", f"-I{HERE}", f"-I{ROOT / 'csrc'}", f"-I{compiled.declared()}"]
     parts = {source: [*COMMON, *flags, *include] for source, flags in sources.items()}
     return compiled.linked(name, link, compiled.objects(parts, headers, [cuda]))
 
