@@ -20,7 +20,8 @@ def declared(text):
     for name, body in re.findall(r"^struct (\w+) \{(.*?)^\};", text, re.M | re.S):
         declarators = [part for line in body.split(";") for part in line.split(",") if part.strip()]
         structs[name] = [re.search(r"(\w+)\s*$", part)[1] for part in declarators]
-    constants = re.findall(r"^constexpr int64_t (\w+) =", text, re.M)
+    constants = [name for line in re.findall(r"^constexpr int64_t (.*);", text, re.M)
+                 for name in re.findall(r"(\w+) =", line)]
     ops = {}
     for space, body in re.findall(r"^namespace (cpu|cuda) \{(.*?)^\}", text, re.M | re.S):
         ops[space] = dict(re.findall(r"void (\w+)\(const (\w+)& op, ", body))

@@ -266,7 +266,8 @@ struct CacheAppend {
   DType dtype;
 };
 
-// How packed weights are kept (csrc/cpu/panel.h).
+// Packed weights: outputs of a panel, and inputs that share a scale in int4 (csrc/cpu/products/packed.h).
+constexpr int64_t kPanel = 16, kWeightGroup = 64;
 enum class Weights : int { f32 = 0, bf16 = 1, int8 = 2, int4 = 3 };
 
 // The newest tokens of each sequence through a GPT-2 whose keys and values lie in pages; on the CPU alone. Sequence b
@@ -298,6 +299,7 @@ struct Gpt2Step {
   double temperature, top_p;
   int64_t stride_p, stride_s, stride_h;  // of k_pages and v_pages: a page, a position, a head
   int64_t B, T, L, H, D, V, inner, page, max_pages, every;
+  int64_t cut_panels, cut_bytes;  // how products are cut: csrc/cpu/products/cut.h
   float epsilon;
   Weights weights, head_weights;
   DType page_dtype, dtype;

@@ -28,9 +28,11 @@ def planted(where, files):
 
 def cpu(files, others, seconds):
     """Bugs in csrc/cpu/<files>, found by the tests of `others`."""
-    shared = "csrc/*.h csrc/cpu/simd.h csrc/cpu/isa* csrc/cpu/parallel.h csrc/bindings.cpp csrc/declared.py tests/sanitized.py"
+    shared = ("csrc/*.h csrc/cpu/simd.h csrc/cpu/simd/* csrc/cpu/halves.h csrc/cpu/isa* csrc/cpu/parallel.h "
+              "csrc/bindings.cpp csrc/declared.py tests/sanitized.py")
     own = " ".join(f"csrc/cpu/{name}.*" for name in files.split())
-    return Slice(planted("cpu", files), f"{own} {others} {shared} tests/test_planted_layers.py", seconds)
+    names = " ".join(rf"{name}\.\w+" for name in files.split())
+    return Slice(planted("cpu", names), f"{own} {others} {shared} tests/test_planted_layers.py", seconds)
 
 
 def cuda(op, seconds):
@@ -69,17 +71,19 @@ SLICES = {
                               "tests/test_grad_norm.py", 10),
     "triton resources": Slice("test_triton_resources.py", "kernels/*.py tests/resources.py "
                               "benchmarks/results/resources-triton*", 130),
-    "cpu attention": cpu("attention", "csrc/cpu/product.h tests/test_attention.py", 10),
+    "cpu attention": cpu("attention", "csrc/cpu/products/cached.h tests/test_attention.py", 10),
     "cpu decode": cpu("decode_attention running simd cache_append draw",
                       "tests/test_decode_attention.py tests/test_cache_append.py", 10),
     "cpu softmax_xent": cpu("softmax_xent", "tests/test_softmax_xent.py", 5),
     "cpu training": cpu("gelu bias_gelu columns layer_norm adamw grad_norm",
                         "tests/test_layer_norm.py tests/test_bias_gelu.py tests/test_adamw.py tests/test_grad_norm.py",
                         10),
-    "cpu blocks": cpu("gpt2_blocks matmul", "tests/test_gpt2_blocks.py", 10),
-    "cpu engine": cpu("gpt2_step acts panel", "csrc/cpu/phases.h csrc/cpu/heap.h tests/test_engine.py", 30),
+    "cpu blocks": cpu("gpt2_blocks products/blocked", "tests/test_gpt2_blocks.py", 10),
+    "cpu engine": cpu("gpt2_step normalise paged products/packed products/cut products/tiles products/bytes "
+                      "products/f32 products/bf16 products/int8 products/int4", "csrc/cpu/phases.h csrc/cpu/heap.h "
+                      "tests/test_engine.py", 30),
     "cpu none": Slice("test_no_(cpu_bug|bug_in_a_layer)", "tests/test_planted_layers.py", 10),
-    **{f"sanitizers {isa}": Slice(rf"test_cpu_kernels\[{isa}\]", f"csrc/cpu/* csrc/*.h {SANITIZED}", 60)
+    **{f"sanitizers {isa}": Slice(rf"test_cpu_kernels\[{isa}\]", f"csrc/cpu/* csrc/cpu/*/* csrc/*.h {SANITIZED}", 60)
        for isa in ("generic", "avx2", "avx512", "avx512bf16")},
     "sanitizers": Slice("test_sanitizers.py::test_(an|the)_", f"CMakeLists.txt {SANITIZED}", 10),
     "build": Slice("test_build.py::(?!test_a_wheel)", "CMakeLists.txt pyproject.toml tests/test_build.py", 50),

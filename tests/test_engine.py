@@ -233,7 +233,7 @@ def test_quantised_weights(kind, transposed):
 
 
 def test_panels():
-    """Each kind's panels hold the weights where csrc/cpu/panel.h says."""
+    """Each kind's panels hold the weights where csrc/cpu/products/packed.h says."""
     w = torch.randn(150, 21)
     panels, scale, sums = engine.pack(w, "fp32")
     assert scale is sums is None and panels.shape == (2, 150, 16, 1) and panels[1, 7, 3, 0] == w[7, 19]

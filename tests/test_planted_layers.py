@@ -18,83 +18,92 @@ pytestmark = pytest.mark.slow
 
 # name: (file, text, what it becomes)
 CPU = {
-    "mask off by one": ("attention", "std::clamp(t + 1 + (causal", "std::clamp(t + 2 + (causal"),
-    "top-left for bottom-right": ("attention", "causal == kBottomRight ? S - T : 0", "0"),
-    "output not rescaled": ("attention", "load(tile.o + r * Dp + d) * shrink", "load(tile.o + r * Dp + d)"),
-    "delta forgotten": ("attention", "weight * (load(ds + j) - delta)", "weight * load(ds + j)"),
-    "scale forgotten backward": ("attention", "(load(ds + j) - delta) * op.scale", "(load(ds + j) - delta)"),
-    "dropout forgotten backward": ("attention", "if (op.drop) drop_tile(head.ds, mask, rows, t0, j0);", ""),
-    "first queries skipped": ("attention", "std::max(t, int64_t(0)) / kTile * kTile",
+    "mask off by one": ("attention.cpp", "std::clamp(t + 1 + (causal", "std::clamp(t + 2 + (causal"),
+    "top-left for bottom-right": ("attention.cpp", "causal == kBottomRight ? S - T : 0", "0"),
+    "output not rescaled": ("attention.cpp", "load(tile.o + r * Dp + d) * shrink", "load(tile.o + r * Dp + d)"),
+    "delta forgotten": ("attention.cpp", "weight * (load(ds + j) - delta)", "weight * load(ds + j)"),
+    "scale forgotten backward": ("attention.cpp", "(load(ds + j) - delta) * op.scale", "(load(ds + j) - delta)"),
+    "dropout forgotten backward": ("attention.cpp", "if (op.drop) drop_tile(head.ds, mask, rows, t0, j0);", ""),
+    "first queries skipped": ("attention.cpp", "std::max(t, int64_t(0)) / kTile * kTile",
                               "(std::max(t, int64_t(0)) + kTile - 1) / kTile * kTile"),
-    "newest token unseen": ("decode_attention", "length - op.T + t + 1 - s0", "length - op.T + t - s0"),
-    "page of another sequence": ("decode_attention", "op.block_table[b * op.stride_tb + s / op.page]",
+    "newest token unseen": ("decode_attention.cpp", "length - op.T + t + 1 - s0", "length - op.T + t - s0"),
+    "page of another sequence": ("decode_attention.cpp", "op.block_table[b * op.stride_tb + s / op.page]",
                                  "op.block_table[s / op.page]"),
-    "run not rescaled": ("running", "load(o + d + i * kLanes) * shrink", "load(o + d + i * kLanes)"),
-    "int4 without its offset": ("panel", "exact[m][p] - 8 * x_sum", "exact[m][p]"),
-    "end of the row lost": ("softmax_xent", "for (; v < V; v += kLanes) {\n    const Floats values = v + kLanes <= V ? "
-                            "load(x + v) : load_tail(x + v, V - v, -kInfinity);\n    s[0]",
+    "run not rescaled": ("running.h", "load(o + d + i * kLanes) * shrink", "load(o + d + i * kLanes)"),
+    "int4 without its offset": ("products/int4.cpp", "exact[m][p] - 8 * x_sum", "exact[m][p]"),
+    "end of the row lost": ("softmax_xent.cpp", "for (; v < V; v += kLanes) {\n    const Floats values = v + kLanes <= V "
+                            "? load(x + v) : load_tail(x + v, V - v, -kInfinity);\n    s[0]",
                             "for (; v + kLanes <= V; v += kLanes) {\n    const Floats values = load(x + v);\n    s[0]"),
-    "gradient without -1": ("softmax_xent", "[0] - 1.0f) * dloss", "[0]) * dloss"),
-    "maximum of half the row": ("softmax_xent", "maximum(maximum(maximum(m[0], m[1]), maximum(m[2], m[3])))",
+    "gradient without -1": ("softmax_xent.cpp", "[0] - 1.0f) * dloss", "[0]) * dloss"),
+    "maximum of half the row": ("softmax_xent.cpp", "maximum(maximum(maximum(m[0], m[1]), maximum(m[2], m[3])))",
                                 "maximum(maximum(m[0], m[1]))"),
-    "gradient over the logits unscaled": ("softmax_xent", "row_bwd(x, x, op.V, op.y[n], op.ignore, op.lse[n], "
+    "gradient over the logits unscaled": ("softmax_xent.cpp", "row_bwd(x, x, op.V, op.y[n], op.ignore, op.lse[n], "
                                           "op.dloss[n])", "row_bwd(x, x, op.V, op.y[n], op.ignore, op.lse[n], 1.0f)"),
-    "gelu's cube": ("gelu", "x * 0.044715f", "x * 0.04f"),
-    "slope of the cube": ("gelu", "0.134145f", "0.044715f"),
-    "bias forgotten backward": ("bias_gelu", "gelu_slope(load(x + c) + load(op.bias + c))", "gelu_slope(load(x + c))"),
-    "last block's sums lost": ("columns", "block < blocks; block++", "block + 1 < blocks; block++"),
-    "unbiased variance": ("layer_norm", "off.other / float(C)", "off.other / float(C - 1)"),
-    "norm's mean of the gradient": ("layer_norm", "- g_mean - at * gh_mean", "- at * gh_mean"),
-    "residual's gradient lost": ("layer_norm", "ds ? load(ds + c) + slope : slope", "slope"),
-    "weights do not decay": ("adamw", "p = p * keep -", "p = p -"),
-    "Adam's first bias correction": ("adamw", "op.learning_rate / op.bias_correction1", "op.learning_rate"),
-    "norm of the first piece": ("grad_norm", "piece < pieces; piece++) total", "piece < 1; piece++) total"),
-    "blocks' attention sees too far": ("gpt2_blocks", "attention.causal = kBottomRight", "attention.causal = kFull"),
-    "blocks' residual lost": ("gpt2_blocks", "down.residual = op.s;", "down.residual = op.x;"),
-    "blocks' slope forgotten": ("gpt2_blocks", "down.factor = op.slope;", ""),
-    "another block's input": ("gpt2_blocks", "if (l) one.x = op.between + (l - 1) * N * C;", ""),
-    "another norm's statistics": ("gpt2_blocks", "op.s, parts.ln_2, op.statistics + 2 * N,",
+    "gelu's cube": ("gelu.h", "x * 0.044715f", "x * 0.04f"),
+    "slope of the cube": ("gelu.h", "0.134145f", "0.044715f"),
+    "bias forgotten backward": ("bias_gelu.cpp", "gelu_slope(load(x + c) + load(op.bias + c))",
+                                "gelu_slope(load(x + c))"),
+    "last block's sums lost": ("columns.h", "block < blocks; block++", "block + 1 < blocks; block++"),
+    "unbiased variance": ("layer_norm.cpp", "off.other / float(C)", "off.other / float(C - 1)"),
+    "norm's mean of the gradient": ("layer_norm.cpp", "- g_mean - at * gh_mean", "- at * gh_mean"),
+    "residual's gradient lost": ("layer_norm.cpp", "ds ? load(ds + c) + slope : slope", "slope"),
+    "weights do not decay": ("adamw.cpp", "p = p * keep -", "p = p -"),
+    "Adam's first bias correction": ("adamw.cpp", "op.learning_rate / op.bias_correction1", "op.learning_rate"),
+    "norm of the first piece": ("grad_norm.cpp", "piece < pieces; piece++) total", "piece < 1; piece++) total"),
+    "blocks' attention sees too far": ("gpt2_blocks.cpp", "attention.causal = kBottomRight",
+                                       "attention.causal = kFull"),
+    "blocks' residual lost": ("gpt2_blocks.cpp", "down.residual = op.s;", "down.residual = op.x;"),
+    "blocks' slope forgotten": ("gpt2_blocks.cpp", "down.factor = op.slope;", ""),
+    "another block's input": ("gpt2_blocks.cpp", "if (l) one.x = op.between + (l - 1) * N * C;", ""),
+    "another norm's statistics": ("gpt2_blocks.cpp", "op.s, parts.ln_2, op.statistics + 2 * N,",
                                   "op.s, parts.ln_2, op.statistics,"),
-    "a norm's last rows lost": ("gpt2_blocks", "i < blocks; i++)\n    for (int64_t c = 0", "i + 1 < blocks; i++)\n"
+    "a norm's last rows lost": ("gpt2_blocks.cpp", "i < blocks; i++)\n    for (int64_t c = 0", "i + 1 < blocks; i++)\n"
                                 "    for (int64_t c = 0"),
-    "a bias's sums of another": ("gpt2_blocks", "d_qkv + 3 * C * C, d_proj + C * C}",
+    "a bias's sums of another": ("gpt2_blocks.cpp", "d_qkv + 3 * C * C, d_proj + C * C}",
                                  "d_proj + C * C, d_qkv + 3 * C * C}"),
-    "a key sees a query too few": ("attention", "std::clamp(m - shift, int64_t(0), K)",
+    "a key sees a query too few": ("attention.cpp", "std::clamp(m - shift, int64_t(0), K)",
                                    "std::clamp(m + 1 - shift, int64_t(0), K)"),
-    "weights that were not written": ("attention", "std::min(up(seen + kRows, kLanes), kTile)",
+    "weights that were not written": ("attention.cpp", "std::min(up(seen + kRows, kLanes), kTile)",
                                       "std::min(up(seen, kLanes), kTile)"),
-    "the first of k alone": ("matmul", "if (!first) each([&](Floats& value, int64_t place, int) "
+    "the first of k alone": ("products/blocked.h", "if (!first) each([&](Floats& value, int64_t place, int) "
                              "{ value += load(op.y + place); });", ""),
-    "a tile's edge without bias": ("matmul", "if (last && op.bias) value += op.bias[n + c];", ""),
-    "a panel's end lost": ("matmul", "for (; i < count; i++) to[i] = from[i];", ""),
-    "columns of a that are no whole strip": ("matmul", "if (m < rows) std::memcpy(", "if (m + 1 < rows) std::memcpy("),
-    "engine's epsilon": ("acts", "variance / float(C) + epsilon", "variance / float(C) + 1e-2f"),
-    "engine without gelu": ("gpt2_step", "then == Then::gelu ? gelu(y) : y", "y"),
-    "a prompt's first rows alone": ("gpt2_step", "m < M; m += block)", "m < M; m += M)"),
-    "engine's residual lost": ("gpt2_step", "then == Then::add ? load(to) + y", "then == Then::add ? y"),
-    "engine sees too far": ("gpt2_step", "length = rows_[m].position + 1", "length = rows_[m].position + 2"),
-    "engine's positions": ("gpt2_step", "rows_[m].position * C_", "(rows_[m].position + 1) * C_"),
-    "int8 without its offset": ("gpt2_step", "exact -= sum_w << 7;", ""),
-    "waiting rows' logits": ("gpt2_step", "op_.logits + places_[e] * Vp_", "op_.logits + e * Vp_"),
-    "prompts see too far": ("gpt2_step", "op.causal = kBottomRight", "op.causal = kFull"),
-    "another row's number": ("gpt2_step", "op_.uniform[b * op_.stride_u + *op_.step]",
+    "a tile's edge without bias": ("products/blocked.h", "if (last && op.bias) value += op.bias[n + c];", ""),
+    "a panel's end lost": ("products/blocked.h", "for (; i < count; i++) to[i] = from[i];", ""),
+    "columns of a that are no whole strip": ("products/blocked.h", "if (m < rows) std::memcpy(",
+                                             "if (m + 1 < rows) std::memcpy("),
+    "engine's epsilon": ("normalise.h", "variance / float(C) + epsilon", "variance / float(C) + 1e-2f"),
+    "engine without gelu": ("products/packed.h", "then == Then::gelu ? gelu(y) : y", "y"),
+    "a prompt's first rows alone": ("products/cut.h", "m < M; m += block)", "m < M; m += M)"),
+    "engine's residual lost": ("products/packed.h", "then == Then::add ? load(to) + y", "then == Then::add ? y"),
+    "engine sees too far": ("gpt2_step.cpp", "head, rows_[m].position + 1)", "head, rows_[m].position + 2)"),
+    "engine's positions": ("gpt2_step.cpp", "rows_[m].position * C_", "(rows_[m].position + 1) * C_"),
+    "int8 without its offset": ("products/int8.cpp", "exact -= sum_w << 7;", ""),
+    "waiting rows' logits": ("gpt2_step.cpp", "op_.logits + places_[e] * Vp_", "op_.logits + e * Vp_"),
+    "prompts see too far": ("gpt2_step.cpp", "op.causal = kBottomRight", "op.causal = kFull"),
+    "another row's number": ("gpt2_step.cpp", "op_.uniform[b * op_.stride_u + *op_.step]",
                              "op_.uniform[*op_.step]"),
-    "a head's values in place of its keys": ("gpt2_step", "copy(layer.k_pages + at, k)",
-                                             "copy(layer.k_pages + at, k + C_)"),
-    "every step's draw alike": ("gpt2_step", "++*op_.step", "0"),
-    "drawn set one short": ("draw", "if (before >= wanted)", "if (before + p >= wanted)"),
-    "another than the k-th": ("draw", "return some[k - 1];", "return some[0];"),
-    "infinity may be drawn": ("draw", "if (std::fabs(top) == kInfinity) return kBad;", ""),
-    "another lane's score": ("simd", "kLanes + l / piece * piece + l % half)...>(x[i], x[i + half]) +",
+    "a row's activations of another": ("products/tiles.h", "acts.row<typename W::Act>(m0)",
+                                      "acts.row<typename W::Act>(0)"),
+    "a head's values in place of its keys": ("paged.h", "copy(head.at<T>(head.k, s), k)",
+                                             "copy(head.at<T>(head.k, s), v)"),
+    "every step's draw alike": ("gpt2_step.cpp", "++*op_.step", "0"),
+    "drawn set one short": ("draw.h", "if (before >= wanted)", "if (before + p >= wanted)"),
+    "another than the k-th": ("draw.h", "return some[k - 1];", "return some[0];"),
+    "infinity may be drawn": ("draw.h", "if (std::fabs(top) == kInfinity) return kBad;", ""),
+    "another lane's score": ("simd.h", "kLanes + l / piece * piece + l % half)...>(x[i], x[i + half]) +",
                              "kLanes + l % half)...>(x[i], x[i + half]) +"),
-    "values in place of keys": ("cache_append", "std::memcpy(to_k, k, row);", "std::memcpy(to_k, v, row);"),
-    "pad appended": ("cache_append", "if (position < 0) return;", "if (position < -1) return;"),
+    "values in place of keys": ("cache_append.cpp", "std::memcpy(to_k, k, row);", "std::memcpy(to_k, v, row);"),
+    "pad appended": ("cache_append.cpp", "if (position < 0) return;", "if (position < -1) return;"),
 }
 
-HOMES = {"gpt2_step": "engine", "draw": "engine"}  # the tests of what is no op
-HEADERS = {  # and the source that is compiled with it
-    "running": "decode_attention", "panel": "gpt2_step", "gelu": "bias_gelu", "columns": "bias_gelu",
-    "acts": "gpt2_step", "draw": "draw", "simd": "decode_attention", "matmul": "gpt2_blocks",
+HOMES = {"gpt2_step": "engine", "draw": "engine", "products": "engine"}  # the tests of what is no op
+HEADERS = {  # and the sources that are compiled with it
+    "running.h": ["decode_attention"], "gelu.h": ["bias_gelu"], "columns.h": ["bias_gelu"],
+    "draw.h": ["draw", "gpt2_step"], "simd.h": ["decode_attention"], "normalise.h": ["gpt2_step"],
+    "paged.h": ["gpt2_step"],
+    "products/blocked.h": ["gpt2_blocks"], "products/cut.h": ["gpt2_step"],
+    **{f"products/{name}.h": [f"products/{kind}" for kind in ("f32", "bf16", "int8", "int4")] for name in
+       ("packed", "tiles")},
 }
 
 # name: (file, text, what it becomes, the tests that run)
@@ -183,31 +192,29 @@ def failed(done):
 
 
 def compile_cpu(sources, folder, level="-O1"):
-    """The objects of sources of csrc/cpu for the generic instruction set; the headers in `folder` come before those."""
+    """The objects of sources of `folder`, csrc/cpu or a copy, for the generic instruction set."""
     import pybind11
 
-    includes = [f"-I{path}" for path in (folder, ROOT / "csrc", ROOT / "csrc" / "cpu", compiled.declared(),
-                                         pybind11.get_include(), sysconfig.get_path("include"))]
+    includes = [f"-I{path}" for path in (ROOT / "csrc", compiled.declared(), pybind11.get_include(),
+                                         sysconfig.get_path("include"))]
     flags = ["-std=c++20", level, "-fPIC", "-fopenmp", "-fno-math-errno", "-DFASTLM_ISA=generic",
              "-DFASTLM_BUILT=X(generic)", *includes]
-    headers = [*sorted((ROOT / "csrc").glob("*.h")), *sorted((ROOT / "csrc" / "cpu").glob("*.h")),
-               *sorted(folder.glob("*.h"))]
+    headers = [*sorted((ROOT / "csrc").glob("*.h")), *sorted(folder.rglob("*.h"))]
     return compiled.objects(dict.fromkeys(sources, flags), headers, [folder])
 
 
-def run_cpu(forks, tmp_path, op, text=None):
-    """The tests of an op on the CPU kernels, that op's source being `text`."""
-    (tmp_path / "none").mkdir()
-    sources = [path for path in (ROOT / "csrc" / "bindings.cpp", *sorted((ROOT / "csrc" / "cpu").glob("*.cpp")))]
-    parts = compile_cpu([path for path in sources if text is None or path.stem != op], tmp_path / "none")
-    if text is not None:
-        (tmp_path / f"{op}.cpp").write_text(text)
-        # First: of a header's functions that several sources hold the linker takes the first.
-        parts = [*compile_cpu([tmp_path / f"{op}.cpp"], tmp_path, "-O0"), *parts]
+def run_cpu(forks, tmp_path, op, altered=(), folder=None):
+    """The tests of an op on the CPU kernels, the sources named in `altered` being those of `folder`."""
+    own = ROOT / "csrc" / "cpu"
+    sources = [ROOT / "csrc" / "bindings.cpp", *sorted(own.rglob("*.cpp"))]
+    parts = compile_cpu([path for path in sources if path not in [own / f"{name}.cpp" for name in altered]], own)
+    # First: of a header's functions that several sources hold the linker takes the first.
+    parts = [*compile_cpu([folder / f"{name}.cpp" for name in altered], folder, "-O0"), *parts] if altered else parts
     library = compiled.linked(f"_C{sysconfig.get_config_var('EXT_SUFFIX')}", ["-shared", "-fopenmp"], parts)
+    home = HOMES.get(op, op)
     script = RUN.format(
-        package="", tests=str(ROOT / "tests"), root=str(ROOT), test=f"{ROOT}/tests/test_{HOMES.get(op, op)}.py",
-        options=["-p", "sanitized", "-k", "cpu" if op not in HOMES else "not lower"])
+        package="", tests=str(ROOT / "tests"), root=str(ROOT), test=f"{ROOT}/tests/test_{home}.py",
+        options=["-p", "sanitized", "-k", "cpu" if home == op else "not lower"])
     return forks.run(script, tmp_path, FASTLM_SANITIZED=str(library))
 
 
@@ -218,16 +225,12 @@ def test_no_cpu_bug(forks, tmp_path):
 
 @pytest.mark.parametrize("name", CPU, ids=ids(CPU))
 def test_every_bug_in_cpu_is_caught(name, forks, tmp_path, tell):
-    file, folder = CPU[name][0], ROOT / "csrc" / "cpu"
-    op = HEADERS.get(file, file)
-    if file in HEADERS:  # the headers beside a source come before those in the repository
-        for header in folder.glob("*.h"):
-            shutil.copy(header, tmp_path)
-        (tmp_path / f"{file}.h").write_text(altered(folder, ".h", CPU[name]))
-        text = (folder / f"{op}.cpp").read_text()
-    else:
-        text = altered(folder, ".cpp", CPU[name])
-    tell(f"{name}: {failed(run_cpu(forks, tmp_path, op, text))}")
+    file, folder = CPU[name][0], tmp_path / "cpu"
+    shutil.copytree(ROOT / "csrc" / "cpu", folder)
+    (folder / file).write_text(altered(folder, "", CPU[name]))
+    sources = HEADERS.get(file, [file.removesuffix(".cpp")])
+    op = sources[0].split("/")[0]
+    tell(f"{name}: {failed(run_cpu(forks, tmp_path, op, sources, folder))}")
 
 
 def run_layer(forks, package, test):

@@ -11,17 +11,6 @@
 namespace fastlm::cpu::FASTLM_ISA {
 namespace {
 
-inline Floats square_root(Floats x) {
-#if defined(__AVX512F__)
-  return (Floats)_mm512_sqrt_ps((__m512)x);
-#elif defined(__AVX2__)
-  return (Floats)_mm256_sqrt_ps((__m256)x);
-#else
-  for (int i = 0; i < kLanes; i++) x[i] = std::sqrt(x[i]);
-  return x;
-#endif
-}
-
 constexpr int64_t kPiece = 65536;  // elements a thread takes at a time
 
 }  // namespace
@@ -35,7 +24,7 @@ void adamw_(const Adamw& op, int threads) {
       g *= scale;
       m += (g - m) * op.one_minus_beta1;
       v = v * op.beta2 + g * g * op.one_minus_beta2;
-      p = p * keep - m * rate / (square_root(v) * root + op.epsilon);
+      p = p * keep - m * rate / (Machine::square_root(v) * root + op.epsilon);
     };
     int64_t i = piece * kPiece;
     for (; i + kLanes <= end; i += kLanes) {

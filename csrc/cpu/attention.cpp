@@ -16,7 +16,7 @@
 #include "isa.h"
 #include "parallel.h"
 #include "philox.h"
-#include "product.h"
+#include "products/cached.h"
 
 namespace fastlm::cpu::FASTLM_ISA {
 namespace {
@@ -55,7 +55,7 @@ inline int64_t shift_of(int64_t t0, int64_t j0, int64_t T, int64_t S, int causal
   return causal == kFull ? kTile : t0 - j0 + (causal == kBottomRight ? S - T : 0);
 }
 
-// The parts of a tile's products (product.h) that what is seen needs. Queries by keys: scores.
+// The parts of a tile's products (products/cached.h) that what is seen needs. Queries by keys: scores.
 struct Scores {
   int64_t shift, K;
   int64_t first_row(int64_t n) const { return std::max(n - shift, int64_t(0)) / kRows * kRows; }

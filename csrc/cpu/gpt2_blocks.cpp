@@ -1,6 +1,6 @@
 // Whole blocks of GPT-2 on the CPU, forward and backward, in one call each.
 //
-// The weights are packed (matmul.h), then threads take blocks of kRows rows and carry them through everything that treats
+// The weights are packed (products/blocked.h), then threads take blocks of kRows rows and carry them through everything that treats
 // rows alone, in their own caches: up to qkv, and from o to y. Between is the attention (attention.cpp). Backward, dy
 // being the gradient of y:
 //
@@ -14,7 +14,7 @@
 #include <cmath>
 
 #include "isa.h"
-#include "matmul.h"
+#include "products/blocked.h"
 
 namespace fastlm::cpu::FASTLM_ISA {
 namespace {

@@ -1,7 +1,7 @@
 // The newest tokens of some sequences through a whole GPT-2, on the CPU, in one call.
 //
 //   x = wte[token] + wpe[position]
-//   L × [x += proj(attend(qkv(ln_1(x))));  x += down(gelu(up(ln_2(x))))]        products with packed weights (panel.h)
+//   L × [x += proj(attend(qkv(ln_1(x))));  x += down(gelu(up(ln_2(x))))]        products/packed.h
 //   logits = ln_f(x[last]) wte^T;  the next token is drawn, where that is asked for                              draw.h
 //
 // Rows are the new tokens of all sequences, one below the other. The work is a row of phases, each cut into chunks that
@@ -12,149 +12,27 @@
 #include <cmath>
 #include <vector>
 
-#include "acts.h"
 #include "draw.h"
-#include "gelu.h"
 #include "isa.h"
-#include "phases.h"
-#include "running.h"
+#include "normalise.h"
+#include "paged.h"
+#include "products/cut.h"
 
 namespace fastlm::cpu::FASTLM_ISA {
 namespace {
 
-constexpr int64_t kPanelsAtOnce = 8;  // read side by side where rows are few: more streams, more bandwidth
-
-// Rows and panels of the tiles of many rows: their sums fill the vector registers.
-#if defined(__AVX512F__)
-constexpr int kManyRows = 8, kPanelsOfMany = 2;
-#else
-constexpr int kManyRows = kParts == 2 ? 6 : 3, kPanelsOfMany = 1;
-#endif
-
-// Bytes of activations that go through all panels of a chunk before the next rows do: they stay in the second-level cache.
-constexpr int64_t kBlockBytes = 96 << 10;
-
 // Activations of as many rows or fewer every thread makes for itself: to wait for another's would take longer.
 constexpr int64_t kOwn = 4;
-
-// A packed matrix (K, N) with its bias; scales and sums are those of int8.
-struct Packed {
-  const char* w;        // panels
-  const float* bias;    // (up(N, kPanel),), or null
-  const float* scale;   // (up(N, kPanel),), or null
-  const int32_t* sums;  // (up(N, kPanel),), sum over k of w
-  int64_t K, N;
-};
-
-// ---- products
-
-// What becomes of a product's values: out = y, out += y, out = gelu(y).
-enum class Then { store, add, gelu };
-
-struct Output {
-  float* rows;  // (M, ld), N rounded up to two panels wide
-  int64_t ld;
-  Then then;
-
-  void take(int64_t m, int64_t n, Floats y) const {
-    float* to = rows + m * ld + n;
-    store(to, then == Then::add ? load(to) + y : then == Then::gelu ? gelu(y) : y);
-  }
-};
-
-// Rows m0 … of the product with `panels` panels from p0 on.
-template <class W, int rows, int panels, bool fetch = true>
-void tile(const Packed& packed, const Acts& acts, int64_t m0, int64_t p0, const Output& out) {
-  const int64_t bytes = up(packed.K, W::kGroup) / W::kGroup * W::kGroupBytes;  // a panel
-  const int64_t ld = acts.ld / int64_t(sizeof(typename W::Act));
-  typename W::Sum sums[rows][panels * kParts];
-  product_of_panels<W, rows, panels, fetch>(sums, packed.w + p0 * bytes, bytes, acts.row<W>(m0), ld);
-  for (int m = 0; m < rows; m++)
-    for (int v = 0; v < panels * kParts; v++) {
-      const int64_t n = p0 * kPanel + v * kLanes;
-      Floats y;
-      if constexpr (std::is_same_v<W, Int8Weights>) {
-        Ints exact = sums[m][v];
-        if constexpr (std::is_unsigned_v<typename W::Act>) {  // the bytes are x + 128
-          Ints sum_w;
-          std::memcpy(&sum_w, packed.sums + n, sizeof sum_w);
-          exact -= sum_w << 7;
-        }
-        y = __builtin_convertvector(exact, Floats) * (load(packed.scale + n) * acts.scale[m0 + m]);
-      } else {
-        y = std::is_same_v<W, Int4Weights> ? sums[m][v] * acts.scale[m0 + m] : sums[m][v];
-      }
-      out.take(m0 + m, n, packed.bias ? y + load(packed.bias + n) : y);
-    }
-}
-
-// Rows m … M with `panels` panels; what was read once stays in the caches for the next rows.
-template <class W, int panels>
-void tiles(const Packed& packed, const Acts& acts, int64_t m, int64_t M, int64_t p0, const Output& out) {
-  if constexpr (panels <= kPanelsOfMany) {
-    if (m + kManyRows <= M) tile<W, kManyRows, panels>(packed, acts, m, p0, out), m += kManyRows;
-    for (; m + kManyRows <= M; m += kManyRows) tile<W, kManyRows, panels, false>(packed, acts, m, p0, out);
-    if (m + 4 <= M) tile<W, 4, panels>(packed, acts, m, p0, out), m += 4;
-    if (m + 2 <= M) tile<W, 2, panels>(packed, acts, m, p0, out), m += 2;
-    if (m < M) tile<W, 1, panels>(packed, acts, m, p0, out);
-  } else if (M == 1) {
-    tile<W, 1, panels>(packed, acts, 0, p0, out);
-  } else {
-    tile<W, 2, panels>(packed, acts, 0, p0, out);
-    if (M == 3) tile<W, 1, panels, false>(packed, acts, 2, p0, out);
-  }
-}
-
-template <class W, class Prepare>
-void product(Walk& walk, const Packed& packed, const Acts& acts, int64_t M, const Output& out, int threads,
-             Prepare&& prepare) {
-  const int64_t panels = (packed.N + kPanel - 1) / kPanel;
-  const int64_t most = M < 4 ? kPanelsAtOnce : kPanelsOfMany;  // that one reading of the activations serves
-  int64_t chunk = kPanelsAtOnce;
-  while (chunk > 1 && panels / chunk < 3 * threads) chunk /= 2;  // enough for everybody
-  const int64_t row_bytes = packed.K * int64_t(sizeof(typename W::Act));
-  const int64_t block = up(std::max(kBlockBytes / row_bytes, int64_t(1)), kManyRows);
-  bool ready = false;
-  walk.run((panels + chunk - 1) / chunk, [&](int64_t i) {
-    if (!ready) prepare(), ready = true;
-    const int64_t end = std::min(panels, (i + 1) * chunk);
-    for (int64_t m = 0; m < M; m += block) {
-      const int64_t to = std::min(M, m + block);
-      for (int64_t p = i * chunk; p < end;) {
-        const int64_t left = std::min(end - p, most);
-        if (left >= 8) tiles<W, 8>(packed, acts, m, to, p, out), p += 8;
-        else if (left >= 4) tiles<W, 4>(packed, acts, m, to, p, out), p += 4;
-        else if (left >= 2) tiles<W, 2>(packed, acts, m, to, p, out), p += 2;
-        else tiles<W, 1>(packed, acts, m, to, p, out), p += 1;
-      }
-    }
-  });
-}
-
-// One phase: the product of M rows. A thread calls prepare() before its first chunk.
-template <class Prepare>
-void product(Walk& walk, Weights weights, const Packed& packed, const Acts& acts, int64_t M, const Output& out,
-             int threads, Prepare&& prepare) {
-  switch (weights) {
-    case Weights::f32: return product<F32Weights>(walk, packed, acts, M, out, threads, prepare);
-    case Weights::bf16: return product<Bf16Weights>(walk, packed, acts, M, out, threads, prepare);
-    case Weights::int8: return product<Int8Weights>(walk, packed, acts, M, out, threads, prepare);
-    case Weights::int4: return product<Int4Weights>(walk, packed, acts, M, out, threads, prepare);
-  }
-}
-
-// ---- the step
 
 // A prompt of as many tokens or more is attended to in tiles.
 constexpr int64_t kPrompt = 16;
 
-template <class T>
 class Step {
  public:
   Step(const Gpt2Step& op, int threads)
       : op_(op), threads_(threads), C_(op.H * op.D), F_(op.inner), Cp_(up(C_, 2 * kPanel)),
         Qp_(up(3 * C_, 2 * kPanel)), Fp_(up(F_, 2 * kPanel)), Vp_(up(op.V, 2 * kPanel)),
-        widest_(std::max(Cp_, Fp_)), phases_(op.L * 12 + 4, threads) {
+        widest_(std::max(Cp_, Fp_)), pages_(page_kind(op.page_dtype)), phases_(op.L * 12 + 4, threads) {
     for (int64_t b = 0; b < op.B; b++) {
       const bool tiled = op.counts[b] >= kPrompt && !op.positions[b];
       if (op.counts[b]) sequences_.push_back({b, int64_t(rows_.size()), op.counts[b], tiled});
@@ -178,7 +56,7 @@ class Step {
   void compute() {
     floats_.resize(M_ * (2 * Cp_ + Qp_ + Fp_) + 2 * M_);
     x_ = floats_.data(), qkv_ = x_ + M_ * Cp_, o_ = qkv_ + M_ * Qp_, f_ = o_ + M_ * Cp_;
-    act_bytes_.resize(M_ * row_stride(Weights::f32, widest_));
+    act_bytes_.resize(M_ * kF32.row_stride(widest_));
     acts_ = {act_bytes_.data(), f_ + M_ * Fp_};
     const bool scattered = !op_.every && E_ < op_.B;  // some sequences wait
     std::vector<float> apart(scattered ? E_ * Vp_ : 0);
@@ -217,7 +95,7 @@ class Step {
   };
   struct Layer {
     const float *ln_1_w, *ln_1_b, *ln_2_w, *ln_2_b;
-    T *k_pages, *v_pages;
+    char *k_pages, *v_pages;
     Packed qkv, proj, up, down;
   };
 
@@ -242,7 +120,7 @@ class Step {
   // A thread's own activations, kOwn rows.
   Acts own() const {
     thread_local std::vector<float> kept;
-    float* scales = at_least(kept, kOwn + kOwn * row_stride(Weights::f32, widest_) / 4);
+    float* scales = at_least(kept, kOwn + kOwn * kF32.row_stride(widest_) / 4);
     return {reinterpret_cast<char*>(scales + kOwn), scales};
   }
 
@@ -258,7 +136,7 @@ class Step {
       return Packed{reinterpret_cast<const char*>(p[i]), floats(i + 1), floats(i + 2),
                     reinterpret_cast<const int32_t*>(p[i + 3]), K, N};
     };
-    return {floats(0), floats(1), floats(2), floats(3), reinterpret_cast<T*>(p[4]), reinterpret_cast<T*>(p[5]),
+    return {floats(0), floats(1), floats(2), floats(3), reinterpret_cast<char*>(p[4]), reinterpret_cast<char*>(p[5]),
             packed(6, C_, 3 * C_), packed(10, C_, C_), packed(14, C_, F_), packed(18, F_, C_)};
   }
 
@@ -282,17 +160,17 @@ class Step {
   // The product of M rows, of which row(m, scratch) gives the values.
   template <class MakeRow>
   void product_of(Walk& walk, Weights weights, const Packed& packed, int64_t M, const Output& out, MakeRow&& row) {
-    const auto make = [&](const Acts& acts, int64_t m) {
-      write_row(acts, weights, m, row(m, scratch()), packed.K);
-    };
+    const Kind& kind = kind_of(weights);
+    const Cut cut{op_.cut_panels, op_.cut_bytes};
     Acts acts = M > kOwn ? acts_ : own();
-    acts.ld = row_stride(weights, packed.K);
+    acts.ld = kind.row_stride(packed.K);
+    const auto make = [&](int64_t m) { kind.write_row(acts, m, row(m, scratch()), packed.K); };
     if (M > kOwn) {
-      walk.run(M, [&](int64_t m) { make(acts, m); });
-      product(walk, weights, packed, acts, M, out, threads_, [] {});
+      walk.run(M, make);
+      product(walk, kind, packed, acts, M, out, cut, threads_, [] {});
     } else {
-      product(walk, weights, packed, acts, M, out, threads_, [&] {
-        for (int64_t m = 0; m < M; m++) make(acts, m);
+      product(walk, kind, packed, acts, M, out, cut, threads_, [&] {
+        for (int64_t m = 0; m < M; m++) make(m);
       });
     }
   }
@@ -311,48 +189,25 @@ class Step {
                [&](int64_t m, float* to) { return normalised(m, layer.ln_1_w, layer.ln_1_b, to); });
     walk.run(int64_t(sequences_.size()) * op_.H, [&](int64_t i) {
       const Sequence& sequence = sequences_[i / op_.H];
-      const int64_t h = i % op_.H, end = sequence.row + sequence.count;
+      const int64_t h = i % op_.H, offset = h * op_.stride_h * pages_.element, end = sequence.row + sequence.count;
+      const PagedHead head{layer.k_pages + offset, layer.v_pages + offset,
+                           op_.block_table + sequence.b * op_.max_pages, op_.page, op_.stride_p, op_.stride_s, op_.D};
       for (int64_t m = sequence.row; m < end; m++) {
-        const int64_t at = place(sequence.b, h, rows_[m].position);
         const float* k = qkv_ + m * Qp_ + C_ + h * op_.D;
-        copy(layer.k_pages + at, k), copy(layer.v_pages + at, k + C_);
+        pages_.append(head, rows_[m].position, k, k + C_);
       }
-      for (int64_t m = sequence.row; m < end && !sequence.tiled; m++) attend(layer, sequence.b, m, h);
+      for (int64_t m = sequence.row; m < end && !sequence.tiled; m++) attend(head, m, h);
     });
   }
 
-  // Where the head h of a position lies in the pages.
-  int64_t place(int64_t b, int64_t h, int64_t position) const {
-    const int64_t page = op_.block_table[b * op_.max_pages + position / op_.page];
-    return page * op_.stride_p + position % op_.page * op_.stride_s + h * op_.stride_h;
-  }
-
-  void copy(T* to, const float* from) const {
-    int64_t d = 0;
-    for (; d + kLanes <= op_.D; d += kLanes) store(to + d, load(from + d));
-    for (; d < op_.D; d++) to[d] = from_float<T>(from[d]);
-  }
-
   // o of head h of row m, over the pages.
-  void attend(const Layer& layer, int64_t b, int64_t m, int64_t h) const {
-    const int64_t length = rows_[m].position + 1, Dp = up(op_.D, kLanes);
+  void attend(const PagedHead& head, int64_t m, int64_t h) const {
+    const int64_t Dp = up(op_.D, kLanes);
     const float scale = 1.0f / std::sqrt(float(op_.D));
     float *q = scratch() + widest_, *sums = q + Dp;
     std::fill(q, q + 2 * Dp, 0.0f);
     for (int64_t d = 0; d < op_.D; d++) q[d] = qkv_[m * Qp_ + h * op_.D + d] * scale;
-    const auto rows = [&](const T* pages, int64_t s) {
-      return Rows<T>{s < length ? pages + place(b, h, s) : nullptr, op_.stride_s};
-    };
-    Running state;
-    for (int64_t s0 = 0; s0 < length;) {
-      const int64_t run = std::min({kRun, op_.page - s0 % op_.page, length - s0});
-      const Rows<T> v = rows(layer.v_pages, s0);
-      float scores[kRun];
-      score(scores, q, rows(layer.k_pages, s0), v, run, op_.D);
-      take(state, sums, scores, run, v, rows(layer.k_pages, s0 + run), op_.D);
-      s0 += run;
-    }
-    for (int64_t d = 0; d < op_.D; d++) o_[m * Cp_ + h * op_.D + d] = sums[d] / state.l;
+    pages_.attend(o_ + m * Cp_ + h * op_.D, sums, q, head, rows_[m].position + 1);
   }
 
   // o of whole prompts, from qkv.
@@ -399,6 +254,7 @@ class Step {
   const Gpt2Step& op_;
   const int threads_;
   const int64_t C_, F_, Cp_, Qp_, Fp_, Vp_, widest_;  // …p: rounded up to two panels
+  const PageKind pages_;
   Phases phases_;
   int64_t phases_done_ = 0;
   std::vector<Row> rows_;
@@ -414,12 +270,6 @@ class Step {
 
 }  // namespace
 
-void gpt2_step(const Gpt2Step& op, int threads) {
-  switch (op.page_dtype) {
-    case DType::f32: return Step<float>(op, threads).run();
-    case DType::bf16: return Step<Bf16>(op, threads).run();
-    case DType::f16: return Step<Fp16>(op, threads).run();
-  }
-}
+void gpt2_step(const Gpt2Step& op, int threads) { Step(op, threads).run(); }
 
 }  // namespace fastlm::cpu::FASTLM_ISA

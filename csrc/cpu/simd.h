@@ -1,10 +1,7 @@
 // A vector of kLanes floats for the instruction set this file is compiled for, through GCC and Clang's vector
-// extensions: one source, lowered to SSE2, AVX2 or AVX-512 (or another machine's vectors).
+// extensions: one source, lowered to SSE2, AVX2 or AVX-512 (or another machine's vectors). What an instruction set offers
+// beside that is in simd/<its name>.h.
 #pragma once
-
-#if defined(__AVX2__)
-#include <immintrin.h>
-#endif
 
 #include <cmath>
 #include <cstdint>
@@ -14,91 +11,16 @@
 
 #include "fastlm.h"
 
+#define FASTLM_QUOTED(path) #path
+#define FASTLM_FILE_OF(isa) FASTLM_QUOTED(simd/isa.h)
+#include FASTLM_FILE_OF(FASTLM_ISA)
+
 namespace fastlm::cpu::FASTLM_ISA {
 
-#if defined(__AVX512F__)
-constexpr int kLanes = 16;
-#elif defined(__AVX2__)
-constexpr int kLanes = 8;
-#else
-constexpr int kLanes = 4;
-#endif
-
-typedef float Floats __attribute__((vector_size(4 * kLanes)));
-typedef int32_t Ints __attribute__((vector_size(4 * kLanes)));
-typedef uint32_t Words __attribute__((vector_size(4 * kLanes)));
-typedef uint16_t Halves __attribute__((vector_size(2 * kLanes)));
+using Machine = machine::FASTLM_ISA;
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
-
-// Storage types of the two halves; arithmetic is always in float.
-struct Bf16 { uint16_t bits; };
-struct Fp16 { uint16_t bits; };
-
-inline Floats broadcast(float value) { return value - Floats{}; }
-
-// ---- one element
-
-inline float to_float(float x) { return x; }
-
-inline float to_float(Bf16 x) {
-  uint32_t bits = uint32_t(x.bits) << 16;
-  float value;
-  std::memcpy(&value, &bits, 4);
-  return value;
-}
-
-inline float to_float(Fp16 x) {
-  const uint32_t sign = uint32_t(x.bits & 0x8000) << 16, body = x.bits & 0x7fff;
-  uint32_t bits;
-  if (body >= 0x7c00) {
-    bits = 0x7f800000 | (body << 13);  // infinity, NaN
-  } else {
-    bits = (body << 13) + (112u << 23);
-    if (body < 0x0400) {  // zero and subnormals: the value is body · 2^-24
-      const float value = float(body) * 0x1p-24f;
-      std::memcpy(&bits, &value, 4);
-    }
-  }
-  bits |= sign;
-  float value;
-  std::memcpy(&value, &bits, 4);
-  return value;
-}
-
-template <class T>
-T from_float(float x);
-
-template <>
-inline float from_float<float>(float x) { return x; }
-
-template <>
-inline Bf16 from_float<Bf16>(float x) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, 4);
-  if (x != x) return {uint16_t((bits >> 16) | 0x40)};
-  return {uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16)};
-}
-
-template <>
-inline Fp16 from_float<Fp16>(float x) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, 4);
-  const uint16_t sign = (bits >> 16) & 0x8000;
-  bits &= 0x7fffffff;
-  if (bits > 0x7f800000) return {uint16_t(sign | 0x7e00)};
-  if (bits >= 0x477ff000) return {uint16_t(sign | 0x7c00)};  // rounds to infinity
-  if (bits < 0x38800000) {                                   // below the smallest normal
-    float value;
-    std::memcpy(&value, &bits, 4);
-    return {uint16_t(sign | uint16_t(std::nearbyint(value * 0x1p24f)))};
-  }
-  bits -= 112u << 23;
-  return {uint16_t(sign | ((bits + 0xfff + ((bits >> 13) & 1)) >> 13))};
-}
-
-// ---- kLanes elements
 
 inline Floats load(const float* p) {
   Floats x;
@@ -112,43 +34,13 @@ inline Floats load(const Bf16* p) {
   return (Floats)(__builtin_convertvector(halves, Words) << 16);
 }
 
-inline Floats load(const Fp16* p) {
-#if defined(__AVX512F__)
-  return (Floats)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
-#elif defined(__F16C__)
-  return (Floats)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
-#else
-  Floats x;
-  for (int i = 0; i < kLanes; i++) x[i] = to_float(p[i]);
-  return x;
-#endif
-}
+inline Floats load(const Fp16* p) { return Machine::load(p); }
 
 inline void store(float* p, Floats x) { std::memcpy(p, &x, sizeof x); }
 
-inline void store(Bf16* p, Floats x) {
-#if defined(__AVX512BF16__)
-  const __m256bh narrow = _mm512_cvtneps_pbh((__m512)x);  // subnormal ones become 0
-  std::memcpy(p, &narrow, sizeof narrow);
-#else
-  const Words bits = (Words)x;
-  const Words rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-  const Words quiet = (bits >> 16) | 0x40;
-  const Words nan = (Words)(x != x);
-  const Halves halves = __builtin_convertvector((rounded & ~nan) | (quiet & nan), Halves);
-  std::memcpy(p, &halves, sizeof halves);
-#endif
-}
+inline void store(Bf16* p, Floats x) { Machine::store(p, x); }
 
-inline void store(Fp16* p, Floats x) {
-#if defined(__AVX512F__)
-  _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT));
-#elif defined(__F16C__)
-  _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT));
-#else
-  for (int i = 0; i < kLanes; i++) p[i] = from_float<Fp16>(x[i]);
-#endif
-}
+inline void store(Fp16* p, Floats x) { Machine::store(p, x); }
 
 // The first `count` < kLanes elements, the other lanes `fill`; nothing beyond them is touched.
 template <class T>
@@ -169,33 +61,11 @@ inline Floats select(Ints mask, Floats yes, Floats no) {
   return (Floats)(((Ints)yes & mask) | ((Ints)no & ~mask));
 }
 
-// Whether a lane of a comparison holds.
-inline bool any(Ints mask) {
-#if defined(__AVX512F__)
-  return _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask) != 0;
-#elif defined(__AVX2__)
-  return _mm256_movemask_ps((__m256)mask) != 0;
-#endif
-  int32_t bits = 0;
-  for (int i = 0; i < kLanes; i++) bits |= mask[i];
-  return bits != 0;
-}
+inline bool any(Ints mask) { return Machine::any(mask); }
 
 inline Floats maximum(Floats a, Floats b) { return select(a > b, a, b); }
 
-// Pairwise, so that the order is the same for the same kLanes.
-inline float sum(Floats x) {
-#if defined(__AVX512F__)
-  return _mm512_reduce_add_ps((__m512)x);  // in the order below
-#elif defined(__AVX2__)
-  const __m128 four = _mm_add_ps(_mm256_castps256_ps128((__m256)x), _mm256_extractf128_ps((__m256)x, 1));
-  const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
-  return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
-#endif
-  for (int width = kLanes / 2; width; width /= 2)
-    for (int i = 0; i < width; i++) x[i] += x[i + width];
-  return x[0];
-}
+inline float sum(Floats x) { return Machine::sum(x); }
 
 // A vector whose lane l is lane places[l] of a and b, one behind the other.
 template <int... places>

@@ -72,31 +72,17 @@ void fwd(const SoftmaxXentFwd& op, int threads) {
   });
 }
 
-#if defined(__AVX512F__)
-constexpr int64_t kStreamFrom = 16384;  // elements a row, from which stores go past the caches
-inline void stream(float* p, Floats x) { _mm512_stream_ps(p, (__m512)x); }
-inline void stream_end() { _mm_sfence(); }
-#elif defined(__AVX2__)
-constexpr int64_t kStreamFrom = 16384;
-inline void stream(float* p, Floats x) { _mm256_stream_ps(p, (__m256)x); }
-inline void stream_end() { _mm_sfence(); }
-#else
-constexpr int64_t kStreamFrom = std::numeric_limits<int64_t>::max();
-inline void stream(float* p, Floats x) { store(p, x); }
-inline void stream_end() {}
-#endif
-
 inline bool on_vector_boundary(const void* p) { return reinterpret_cast<uintptr_t>(p) % sizeof(Floats) == 0; }
 
 template <class T>
 void row_gradient(T* dx, const T* x, int64_t V, float lse, float dloss) {
   int64_t v = 0;
   if constexpr (std::is_same_v<T, float>) {
-    if (V >= kStreamFrom && dx != x) {
+    if (V >= Machine::kStreamFrom && dx != x) {
       for (; v < V && !on_vector_boundary(dx + v); v++)
         dx[v] = exp(broadcast(x[v] - lse))[0] * dloss;
-      for (; v + kLanes <= V; v += kLanes) stream(dx + v, exp(load(x + v) - lse) * dloss);
-      stream_end();
+      for (; v + kLanes <= V; v += kLanes) Machine::stream(dx + v, exp(load(x + v) - lse) * dloss);
+      Machine::stream_end();
     }
   }
   for (; v + kLanes <= V; v += kLanes) store(dx + v, exp(load(x + v) - lse) * dloss);

@@ -18,7 +18,7 @@ from fastlm.gpt2 import GPT2
 from fastlm.quantised import GROUP, head_kind, quantise
 
 HUGE = 2**21  # bytes of a huge page
-PANEL = 16  # csrc/cpu/panel.h, kPanel
+PANEL = 16  # csrc/cpu/products/packed.h, kPanel
 KINDS = {torch.float32: "fp32", torch.bfloat16: "bf16"}  # how a model's weights are packed
 ROWS = 2048  # most new tokens of one call: what it works on takes 27 KB a row at C = 768
 SOME = 32  # elements, or a few more, that are kept of every parameter
@@ -70,7 +70,7 @@ class Engine:
             "page": cache.k_pages[0].shape[1], "max_pages": cache.block_table.shape[1],
             "epsilon": config.layer_norm_epsilon, "weights": _NUMBERS[weights.kind],
             "head_weights": _NUMBERS[head_kind(weights.kind)], "dtype": model.dtype,
-            "page_dtype": cache.k_pages[0].dtype,
+            "page_dtype": cache.k_pages[0].dtype, "cut_panels": 8, "cut_bytes": 96 << 10,
         } | _NO_DRAW
 
     def __call__(self, tokens, counts):

@@ -1,16 +1,12 @@
 // Small matrix products on tiles that lie in a core's own caches.
 #pragma once
 
-#include "simd.h"
+#include "../simd.h"
 
 namespace fastlm::cpu::FASTLM_ISA {
 
 // Rows and vectors of C that stay in registers.
-#if defined(__AVX512F__)
-constexpr int kRows = 4, kVectors = 4;
-#else
-constexpr int kRows = 4, kVectors = 2;
-#endif
+constexpr int kRows = 4, kVectors = kRegisters == 32 ? 4 : 2;
 
 // C (kRows, vectors · kLanes) = or += A B over K, A's elements broadcast, B's rows loaded.
 template <bool add, int vectors>

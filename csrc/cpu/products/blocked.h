@@ -9,18 +9,12 @@
 #include <algorithm>
 #include <vector>
 
-#include "gelu.h"
-#include "simd.h"
+#include "../gelu.h"
+#include "../simd.h"
 
 namespace fastlm::cpu::FASTLM_ISA {
 
-#if defined(__AVX512F__)
-constexpr int kTileRows = 12;
-#elif defined(__AVX2__)
-constexpr int kTileRows = 6;
-#else
-constexpr int kTileRows = 4;
-#endif
+constexpr int kTileRows = kRegisters == 32 ? 12 : kLanes == 8 ? 6 : 4;
 constexpr int kTileVectors = 2;
 constexpr int64_t kTileColumns = kTileVectors * kLanes;
 constexpr int64_t kDepth = 256;
