@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 KINDS = ("int8", "int4")
-GROUP = 64  # inputs that share a scale in int4; csrc/cpu/products/packed.h, Int4Weights
+GROUP = 64  # inputs that share a scale in int4; csrc/fastlm.h, kWeightGroup
 
 
 def quantise(w, kind):

@@ -31,8 +31,8 @@ CPU = {
                                  "op.block_table[s / op.page]"),
     "run not rescaled": ("running.h", "load(o + d + i * kLanes) * shrink", "load(o + d + i * kLanes)"),
     "int4 without its offset": ("products/int4.cpp", "exact[m][p] - 8 * x_sum", "exact[m][p]"),
-    "end of the row lost": ("softmax_xent.cpp", "for (; v < V; v += kLanes) {\n    const Floats values = v + kLanes <= V "
-                            "? load(x + v) : load_tail(x + v, V - v, -kInfinity);\n    s[0]",
+    "end of the row lost": ("softmax_xent.cpp", "for (; v < V; v += kLanes) {\n    const Floats values = v + kLanes <= "
+                            "V ? load(x + v) : load_tail(x + v, V - v, -kInfinity);\n    s[0]",
                             "for (; v + kLanes <= V; v += kLanes) {\n    const Floats values = load(x + v);\n    s[0]"),
     "gradient without -1": ("softmax_xent.cpp", "[0] - 1.0f) * dloss", "[0]) * dloss"),
     "maximum of half the row": ("softmax_xent.cpp", "maximum(maximum(maximum(m[0], m[1]), maximum(m[2], m[3])))",

@@ -18,7 +18,7 @@ from fastlm.gpt2 import GPT2
 from fastlm.quantised import GROUP, head_kind, quantise
 
 HUGE = 2**21  # bytes of a huge page
-PANEL = 16  # csrc/cpu/products/packed.h, kPanel
+PANEL = 16  # csrc/fastlm.h, kPanel
 KINDS = {torch.float32: "fp32", torch.bfloat16: "bf16"}  # how a model's weights are packed
 ROWS = 2048  # most new tokens of one call: what it works on takes 27 KB a row at C = 768
 SOME = 32  # elements, or a few more, that are kept of every parameter
