@@ -12,7 +12,7 @@ from fastlm.measure.clock import race
 from fastlm.measure.numerics import DTYPES
 from fastlm.training.config import TrainConfig
 from fastlm.training.optimizer import AdamW
-from fastlm.training.trainer import autocast
+from fastlm.training.step import autocast
 
 from .apart import Process
 from .harness import absent_rows, figures, peak_bytes, row_of, told

@@ -27,7 +27,7 @@ from fastlm.measure.numerics import DTYPES
 from fastlm.ops import linear_xent
 from fastlm.training.config import TrainConfig
 from fastlm.training.optimizer import AdamW
-from fastlm.training.trainer import autocast
+from fastlm.training.step import autocast
 
 from . import harness
 from .profile_trace import load

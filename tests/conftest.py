@@ -236,6 +236,14 @@ def shared_folder(tmp_path_factory, request):
 
 
 @pytest.fixture(scope="session")
+def text(tmp_path_factory):
+    """A file of text that a small model learns something of in a few steps."""
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text("".join(f"the {n} times {n} is {n * n}, and so it goes on;\n" for n in range(400)))
+    return path
+
+
+@pytest.fixture(scope="session")
 def data():
     """The folder of test data (GPT-2's vocabulary, tiny-shakespeare)."""
     folder = os.environ.get("FASTLM_TEST_DATA")

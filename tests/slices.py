@@ -100,8 +100,9 @@ SLICES = {
                      "tests/test_measure.py tests/test_tune.py tests/test_certificate.py tests/test_refusals.py", 10),
     "benchmarks": layer("benchmarks/.*", "benchmarks/*.py", "tests/test_bench.py", 25),
     "training": layer("fastlm/(training|data)/.*", "fastlm/training/* fastlm/data/*",
-                      "tests/test_training.py tests/test_data_loader.py", 15),
-    "killed": Slice("test_training.py", "fastlm/training/* tests/test_training.py", 30),
+                      "tests/test_training*.py tests/test_data_loader.py tests/runs.py", 15),
+    "killed": Slice("test_training_checkpoint.py", "fastlm/training/* tests/test_training_checkpoint.py tests/runs.py",
+                    30),
     "damaged files": Slice("test_(tokenizer|data_shards|data_prepare).py", "fastlm/data/* tests/mutations.py "
                            "tests/test_tokenizer.py tests/test_data_shards.py tests/test_data_prepare.py", 30),
     "gpu command": Slice("test_gpu_command.py", "benchmarks/gpu/* tests/test_gpu_command.py", 100),

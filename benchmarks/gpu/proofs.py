@@ -18,7 +18,7 @@ from fastlm.measure.certificate import CASES
 from fastlm.measure.numerics import DTYPES, compare
 from fastlm.training.config import TrainConfig
 from fastlm.training.optimizer import AdamW
-from fastlm.training.trainer import autocast
+from fastlm.training.step import autocast
 
 from .command import ROW
 from .place import emit, guarded

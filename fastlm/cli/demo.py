@@ -19,12 +19,13 @@ def demo(
     import shutil
     import time
 
-    from fastlm.cli.train import sample
     from fastlm.data.prepare import prepare
     from fastlm.training.bigram import bigram_loss
     from fastlm.training.config import TrainConfig, read_settings
-    from fastlm.training.curve import draw, read_metrics, save_png
+    from fastlm.training.curve import draw, save_png
+    from fastlm.training.metrics import read_metrics
     from fastlm.training.report import Terminal
+    from fastlm.training.sample import sample
     from fastlm.training.trainer import Trainer
 
     if seconds < 5:
@@ -49,7 +50,7 @@ def demo(
     steps = _steps_within(seconds, settings, report)
     changes = {"steps": steps, "warmup_steps": max(1, steps // 20), "eval_every": -(-steps // 10),
                "save_every": steps, "sample_prompt": "def ", "sample_tokens": 100}
-    trainer = Trainer(TrainConfig(**{**settings, **changes}), report=report, into=True)
+    trainer = Trainer(TrainConfig(**{**settings, **changes}), listeners=[report], into=True)
     if not trainer.run():
         return
     rows = read_metrics(out / "metrics.jsonl")
@@ -61,7 +62,7 @@ def demo(
     report.say(f"\nwhat it writes after 'def ':\n\n{sample(trainer)}\n")
     result = {
         "made_by": "fastlm demo", "held_out_before": before, "held_out_after": after, "held_out_bigram": bigram,
-        "steps": steps, "seconds": round(time.perf_counter() - began, 1), "backends": trainer.backends,
+        "steps": steps, "seconds": round(time.perf_counter() - began, 1), "backends": trainer.state.backends,
     }
     (out / "demo.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     report.say(

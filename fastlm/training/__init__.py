@@ -1,1 +1,1 @@
-"""The trainer: its configuration, its loop, its checkpoints, its curves."""
+"""The trainer: its settings, a run's state and checkpoints, its step, its loop, and what listens to it."""

@@ -2,8 +2,9 @@
 
     OUT/checkpoints/step_00000500/   model.safetensors optimizer.safetensors state.json manifest.json (sha256)
 
-A checkpoint is written to a directory of another name, every file and the directory are synced to disk, then it is
-renamed. Whatever kills the run, the newest directory that verifies is the last good state.
+It holds a State and nothing else: weights, moments and the rest, as State.dump has them. It is written to a directory
+of another name, every file and the directory are synced to disk, then it is renamed. Whatever kills the run, the newest
+directory that verifies is the last good state.
 """
 
 import hashlib
@@ -20,21 +21,21 @@ FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
 KEPT = 2
 
 
-def save(directory, step, model, optimizer, state):
-    """Writes checkpoint `step` under `directory`; returns its path.
+def save(directory, state):
+    """The path of a State's checkpoint, written under `directory`.
 
-    model, optimizer: {name: tensor}; state: what JSON holds. Raises RuntimeError naming the last good checkpoint
-    where it cannot be written (a full disk); that one is untouched.
+    Raises RuntimeError naming the last good checkpoint where it cannot be written (a full disk); that one is untouched.
     """
     directory = Path(directory)
-    target, staging = directory / f"step_{step:08d}", directory / f".saving_{step:08d}"
+    target, staging = directory / f"step_{state.step:08d}", directory / f".saving_{state.step:08d}"
+    weights, moments, rest = state.dump()
     try:
         directory.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir()
-        save_file({name: tensor.contiguous() for name, tensor in model.items()}, staging / FILES[0], {"format": "pt"})
-        save_file({name: tensor.contiguous() for name, tensor in optimizer.items()}, staging / FILES[1])
-        (staging / FILES[2]).write_text(json.dumps(state, indent=2), encoding="utf-8")
+        save_file({name: tensor.contiguous() for name, tensor in weights.items()}, staging / FILES[0], {"format": "pt"})
+        save_file({name: tensor.contiguous() for name, tensor in moments.items()}, staging / FILES[1])
+        (staging / FILES[2]).write_text(json.dumps(rest, indent=2), encoding="utf-8")
         manifest = {name: {"sha256": _sha256(staging / name)} for name in FILES}
         (staging / "manifest.json").write_text(json.dumps(manifest, indent=2), encoding="utf-8")
         for path in staging.iterdir():
@@ -61,8 +62,8 @@ def found(directory):
     return sorted(path for path in directory.iterdir() if re.fullmatch(r"step_\d{8,}", path.name))
 
 
-def load_newest(directory, *, warn=print):
-    """(path, model, optimizer, state) of the newest checkpoint that verifies; tells of those that do not.
+def newest(directory, *, warn=print):
+    """The path of the newest checkpoint that verifies; tells of those that do not.
 
     Raises ValueError where there is none.
     """
@@ -70,11 +71,21 @@ def load_newest(directory, *, warn=print):
     for path in reversed(paths):
         try:
             verify(path)
-            model, optimizer = load_file(path / FILES[0]), load_file(path / FILES[1])
-            return path, model, optimizer, json.loads((path / FILES[2]).read_text(encoding="utf-8"))
+            return path
         except ValueError as error:
             warn(f"{error}; going back to the one before")
     raise ValueError(f"{directory}: no checkpoint to resume from ({len(paths)} found, none whole)")
+
+
+def load(path, state):
+    """Makes `state` the State that was saved at `path`, which `newest` gave.
+
+    Raises ValueError where that is of another model; then `state` is untouched.
+    """
+    weights, moments = load_file(path / FILES[0]), load_file(path / FILES[1])
+    if not state.fits(weights):
+        raise ValueError(f"{path}: the checkpoint is of another model than {path.parents[1] / 'train.json'} describes")
+    state.load(weights, moments, json.loads((path / FILES[2]).read_text(encoding="utf-8")))
 
 
 def verify(path):

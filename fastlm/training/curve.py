@@ -1,12 +1,16 @@
 """The loss curve of a run: drawn in the terminal, and as a PNG beside its metrics."""
 
-import json
-from pathlib import Path
+from fastlm.training.listener import Listener
+from fastlm.training.metrics import read_metrics
 
 
-def read_metrics(path):
-    """The rows of a metrics.jsonl: dicts with step, train_loss, val_loss, tokens_per_second."""
-    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+class Curve(Listener):
+    """Draws OUT/loss.png when the run is at its end."""
+
+    def finished(self, trainer):
+        if trainer.done:
+            save_png(read_metrics(trainer.out / "metrics.jsonl"), trainer.out / "loss.png", title=str(trainer.out))
+            trainer.tell("say", f"the model, its metrics and loss.png are in {trainer.out}")
 
 
 def save_png(rows, path, *, baselines=None, title="loss"):

@@ -5,10 +5,10 @@ import time
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from fastlm.training.trainer import Silent
+from fastlm.training.listener import Listener
 
 
-class Terminal(Silent):
+class Terminal(Listener):
     """Shows a run: progress bar with loss, tokens/s and time left, and every evaluation."""
 
     def __init__(self, console=None):
@@ -32,25 +32,25 @@ class Terminal(Silent):
         )
 
     def started(self, trainer):
-        parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
-        ran = ", ".join(f"{op} on {backend}" for op, backend in sorted(trainer.backends.items()))
+        parameters = sum(parameter.numel() for parameter in trainer.state.model.parameters())
+        ran = ", ".join(f"{op} on {backend}" for op, backend in sorted(trainer.state.backends.items()))
         self.say(f"{parameters / 1e6:.2f} M parameters on {trainer.device}; {ran}")
         self._open("training", trainer.config.steps, "loss {task.fields[loss]} · {task.fields[rate]} tokens/s")
-        self._shown, self._shown_step = time.perf_counter(), trainer.step
+        self._shown, self._shown_step = time.perf_counter(), trainer.state.step
 
     def stepped(self, trainer, loss):
         now = time.perf_counter()
-        if now - self._shown < 0.25 and trainer.step < trainer.config.steps:
+        if now - self._shown < 0.25 and trainer.state.step < trainer.config.steps:
             return
-        tokens = (trainer.step - self._shown_step) * trainer.config.batch_size * trainer.config.sequence_length
+        tokens = (trainer.state.step - self._shown_step) * trainer.config.batch_size * trainer.config.sequence_length
         rate = f"{tokens / (now - self._shown):,.0f}"
-        self._bar.update(self._task, completed=trainer.step, loss=f"{loss:.3f}", rate=rate)
-        self._shown, self._shown_step = now, trainer.step
+        self._bar.update(self._task, completed=trainer.state.step, loss=f"{loss:.3f}", rate=rate)
+        self._shown, self._shown_step = now, trainer.state.step
 
     def evaluated(self, trainer, row):
         rate = f", {row['tokens_per_second']:,.0f} tokens/s" if row["tokens_per_second"] else ""
         self.say(f"step {row['step']:>6}: training {row['train_loss']:.3f}, held out {row['val_loss']:.3f}{rate}")
-        self._shown, self._shown_step = time.perf_counter(), trainer.step
+        self._shown, self._shown_step = time.perf_counter(), trainer.state.step
 
     def finished(self, trainer):
         self._close()

@@ -1,0 +1,76 @@
+"""Step: one step of training, and the precision of its products.
+
+    g = sum_i count_i / batch_size · d loss_i / d p                         over the micro-batches i
+    p = AdamW(p, g · min(1, grad_clip / |g|))                               where |g| and the loss are finite
+"""
+
+import contextlib
+import math
+
+import torch
+
+from fastlm.measure.numerics import DTYPES
+from fastlm.training.optimizer import learning_rate
+
+
+class Step:
+    """Takes steps: micro-batches forward and backward, the gradient clipped, the update of model and optimizer.
+
+    It keeps nothing from one step to the next and knows no files, reports or evaluation, so that another with the same
+    call, such as a captured one, can stand in its place. loader: data.loader's, for the sequences of each step.
+    """
+
+    def __init__(self, model, optimizer, loader, config):
+        self.model, self.optimizer, self.loader, self.config = model, optimizer, loader, config
+        self._loss = torch.compile(model.loss) if config.compile else model.loss
+
+    def __call__(self, number):
+        """Takes step `number` of the run; (loss, gradient norm, taken), two floats and a bool.
+
+        A step without a finite loss and gradient is not taken: neither weights nor moments change.
+        """
+        self.model.train()
+        loss = self._backward(number)
+        gradients = self.optimizer.gradients()
+        norm, loss = float(gradients[1]), float(loss)
+        finite = math.isfinite(norm) and math.isfinite(loss)
+        if finite:
+            self.optimizer.step(*gradients, learning_rate(number, self.config))
+        self.optimizer.zero_grad()
+        return loss, norm, finite
+
+    def _backward(self, number):
+        """The mean loss () of the step's sequences, as a tensor; its gradient is left in the parameters."""
+        config, device, total = self.config, next(self.model.parameters()).device, 0.0
+        micro = config.micro_batch or config.batch_size
+        for first in range(0, config.batch_size, micro):
+            count = min(micro, config.batch_size - first)
+            tokens, targets, index = self.loader.batch(number, first, count)  # (count, T) each
+            seed = torch.tensor([config.seed, number, 0, index]) if config.dropout else None
+            tokens, targets, seed = (None if t is None else t.to(device) for t in (tokens, targets, seed))
+            with autocast(config.dtype, device.type):
+                loss = self._loss(tokens, targets, seed=seed)
+            if count < config.batch_size:
+                loss = loss * (count / config.batch_size)  # every sequence has as many targets
+            loss.backward()
+            total = total + loss.detach()
+        return total
+
+
+def autocast(dtype, device_type):
+    """The context of a step whose products are in dtype, "fp32", "bf16" or "fp16".
+
+    A CPU without bf16 products, on which PyTorch's take a hundred times as long as those in fp32, makes them in fp32.
+    """
+    if dtype == "fp32" or lacks(dtype, device_type):
+        return contextlib.nullcontext()
+    return torch.autocast(device_type, dtype=DTYPES[dtype])
+
+
+def lacks(dtype, device_type):
+    """Whether this machine has no products in dtype on devices of that type, so that `autocast` makes them in fp32."""
+    return (dtype, device_type) == ("bf16", "cpu") and not _multiplies_bf16()
+
+
+def _multiplies_bf16():
+    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
