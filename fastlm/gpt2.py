@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fastlm import dispatch
+from fastlm import forcing
+from fastlm.backends.machine import machine_why_not
 from fastlm.config import GPT2Config
 from fastlm.ops import attention_qkv, bias_gelu, gpt2_blocks, layer_norm, linear_xent, softmax_xent
 
@@ -186,9 +187,9 @@ class GPT2(nn.Module):
             return False
         if self.training and (self.config.attn_pdrop or self.config.resid_pdrop):
             return False
-        forced = dispatch.forced("gpt2_blocks")
-        if forced is None and (dispatch.machine_why_not("cpu") is not None or any(
-                dispatch.forced(part) for part in ("layer_norm", "attention", "bias_gelu"))):
+        forced = forcing.forced("gpt2_blocks")
+        if forced is None and (machine_why_not("cpu") is not None or any(
+                forcing.forced(part) for part in ("layer_norm", "attention", "bias_gelu"))):
             return False
         return forced in (None, "cpu") and self.dtype == x.dtype and all(b.is_plain() for b in self.transformer.h)
 
