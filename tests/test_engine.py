@@ -12,7 +12,7 @@ from conftest import two_threads_for
 import fastlm
 from fastlm.backends.machine import machine_why_not
 from fastlm.generation import KVCache, engine, sampling, step
-from fastlm.gpt2 import Conv1D
+from fastlm.gpt2 import MLP, Conv1D
 from fastlm.measure.numerics import norm_ratio
 from fastlm.quantised import dequantise, quantise, quantise_
 
@@ -338,8 +338,10 @@ def test_why_not():
     with fastlm.use("torch"):
         assert "torch is forced" in engine.why_not(model)
     handle = model.transformer["h"][0].mlp.register_forward_hook(lambda *_: None)
-    assert "hooks" in engine.why_not(model)
+    assert engine.why_not(model).startswith("transformer.h.0.mlp has hooks")
     handle.remove()
+    model.transformer["h"][1].mlp.__class__ = type("Mine", (MLP,), {})
+    assert engine.why_not(model).startswith("transformer.h.1.mlp is of a class of its own, Mine")
 
     class Other(fastlm.GPT2):
         pass

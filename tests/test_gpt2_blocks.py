@@ -207,7 +207,7 @@ def test_the_model_takes_the_parts_where_whole_blocks_do_not_serve(case):
 @needs_kernels
 @pytest.mark.parametrize("at_once", [1, 2, 3], ids="{} blocks a call".format)
 def test_whole_blocks_give_what_the_parts_give(at_once, monkeypatch):
-    monkeypatch.setattr("fastlm.gpt2.AT_ONCE", at_once * 12 * 24**2)
+    monkeypatch.setattr("fastlm.fast_path.AT_ONCE", at_once * 12 * 24**2)
     model, tokens = model_of(), torch.arange(20).view(2, 10)
 
     def step(**forced):

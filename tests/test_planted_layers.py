@@ -118,6 +118,8 @@ LAYERS = {
     "a refused force is passed over": ("fastlm/dispatch.py", "if backend in row.kernels:  #",
                                        "if backend in row.kernels and why_not(row.name, backend, *args) is None:  #",
                                        "test_dispatch.py"),
+    "a hook is passed over": ("fastlm/fast_path.py", "if why_not(model, blocks) is not None:", "if False:",
+                              "test_gpt2_blocks.py"),
     "use is not undone": ("fastlm/forcing.py", "_forced.update(self._former)", "", "test_dispatch.py"),
     "an ended row goes on": ("fastlm/generation/step.py", "alive & (drawn != self._stop)", "alive",
                              "test_engine.py"),

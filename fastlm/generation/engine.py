@@ -12,10 +12,10 @@ import weakref
 import torch
 import torch.nn.functional as F
 
+from fastlm import fast_path
 from fastlm.backends import native
 from fastlm.backends.machine import machine_why_not
 from fastlm.forcing import forced
-from fastlm.gpt2 import GPT2
 from fastlm.quantised import GROUP, head_kind, quantise
 
 HUGE = 2**21  # bytes of a huge page
@@ -38,9 +38,7 @@ def why_not(model):
         return f"the backend {backend} is forced: the model's own ops run"
     if model.dtype not in KINDS or any(p.dtype != model.dtype for p in model.parameters()):
         return f"the engine takes float32 and bfloat16, the model is {model.dtype}"
-    if type(model) is not GPT2 or any(module._forward_hooks or module._forward_pre_hooks for module in model.modules()):
-        return "the model is not plain: a class of its own, or hooks that the engine would not call"
-    return None
+    return fast_path.why_not(model)
 
 
 def cache_dtype(model):
