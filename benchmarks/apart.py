@@ -12,8 +12,8 @@ import sys
 from pathlib import Path
 
 import fastlm
-from fastlm import dispatch
 from fastlm.measure.roofs import Roofs
+from fastlm.refusal import Refused, failure
 
 from . import harness
 
@@ -37,7 +37,7 @@ class Process:
     """Another process, in which `function` of a module of benchmarks makes a handler of `arguments`, all of them JSON.
 
     ask(**message) returns what the handler answers. Of what the handler or its maker raises, ValueError (bad input) and
-    dispatch.Refused are raised here too, and RuntimeError with the first line of all else; RuntimeError where the
+    Refused are raised here too, and RuntimeError with the first line of all else; RuntimeError where the
     process ended, of which `ended` then tells. A context manager, so that it ends.
     """
 
@@ -83,7 +83,7 @@ class Process:
         self.end()
 
 
-RAISED = {"refused": dispatch.Refused, "invalid": ValueError, "failed": RuntimeError}  # by the key of an answer
+RAISED = {"refused": Refused, "invalid": ValueError, "failed": RuntimeError}  # by the key of an answer
 
 
 class Apart(Process):
@@ -134,12 +134,12 @@ def _answer(function, **arguments):
     """{"answer": what it returns}, or what it raised."""
     try:
         return {"answer": function(**arguments)}
-    except dispatch.Refused as error:
+    except Refused as error:
         return {"refused": str(error)}
     except ValueError as error:
         return {"invalid": str(error)}
     except Exception as error:
-        return {"failed": dispatch.failure(error)}
+        return {"failed": failure(error)}
 
 
 def _editable():

@@ -8,7 +8,7 @@ import functools
 import pytest
 import torch
 
-from fastlm import dispatch
+from fastlm.forcing import use
 
 from . import harness
 
@@ -29,7 +29,7 @@ def contest(benchmark, contestants):
 
     def run():
         benchmark.group = case.name
-        with dispatch.use(**{case.op: getattr(function, "backend", None)}):
+        with use(**{case.op: getattr(function, "backend", None)}):
             call = functools.partial(function, *case.operands())
             benchmark.pedantic(call, rounds=10, warmup_rounds=2)
             if DEVICE == "cuda":

@@ -6,8 +6,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastlm import dispatch
+from fastlm.forcing import forced
 from fastlm.measure import tuned
 from fastlm.measure.numerics import DTYPES
+from fastlm.table import TABLE
 
 
 def explanation(cases):
@@ -17,13 +19,13 @@ def explanation(cases):
         for case in cases:
             case.ours(*(case.check or case.operands)())
     for name, args in calls.seen.items():
-        row = dispatch.TABLE[name]
+        row = TABLE[name]
         chosen = dispatch.choice(row, *args)
         configurations = _configurations(row, args) if chosen == "triton" else []
         launch = f", launched with {', '.join(map(str, configurations))}" if configurations else ""
         yield f"[bold cyan]{name}[/] runs on [bold green]{chosen}[/]{launch}"
-        forced = dispatch.forced(row.family)  # where it lacks this part of the op, another runs it
-        for backend in dict.fromkeys((*([forced] if forced else ()), *row.kernels)):
+        wanted = forced(row.family)  # where it lacks this part of the op, another runs it
+        for backend in dict.fromkeys((*([wanted] if wanted else ()), *row.kernels)):
             if backend != chosen:
                 told = dispatch.why_not(name, backend, *args) or _behind(row, chosen, backend, args)
                 yield f"  not {backend}: " + told.replace("[", "\\[")
@@ -62,7 +64,7 @@ def _configurations(row, args):
 
 def _behind(row, chosen, backend, args):
     """Why a backend that could run is not chosen."""
-    if dispatch.forced(row.family) == chosen:
+    if forced(row.family) == chosen:
         return "another is forced"
     tensor = next(arg for arg in args if isinstance(arg, torch.Tensor) and arg.is_floating_point())
     for tuned_row in tuned.tables(tensor.device):

@@ -28,12 +28,16 @@ from pathlib import Path
 
 import torch
 
-import fastlm.ops  # noqa: F401  fills dispatch's table
+import fastlm.ops  # noqa: F401  fills the table
 from fastlm import dispatch
+from fastlm.backends.machine import devices, machine_why_not
+from fastlm.forcing import use
 from fastlm.measure.clock import NOISY, Times, race, sets_beyond_cache
 from fastlm.measure.files import write_json
 from fastlm.measure.numerics import DTYPES, compare
 from fastlm.measure.roofs import device_name
+from fastlm.refusal import Refused, failure
+from fastlm.table import TABLE, backends_of
 
 OPS = ("softmax_xent", "attention", "decode_attention", "cache_append", "bias_gelu", "layer_norm", "linear_xent",
        "gpt2_blocks", "adamw", "grad_norm")
@@ -151,8 +155,8 @@ def fastest(rows):
 def contenders(case, device):
     """name → function of the operands: ours, as "fastlm <backend>", on every backend that runs natively, and peers."""
     interpreted = {"triton"} if os.environ.get("TRITON_INTERPRET") == "1" else set()
-    names = [name for name in dispatch.backends_of(case.op) if name not in {"reference"} | interpreted
-             and device in dispatch.devices(name) and dispatch.machine_why_not(name) is None]
+    names = [name for name in backends_of(case.op) if name not in {"reference"} | interpreted
+             and device in devices(name) and machine_why_not(name) is None]
     return {**{f"fastlm {name}": _forcing(case, name) for name in names}, **case.peers}
 
 
@@ -218,7 +222,7 @@ def measure(case, device, roofs, *, seconds=1.0, cold=True):
                 del calls[name]
                 continue
             rows[name]["peak_mib"] = None if peak is None else round(peak / 2**20)
-    with dispatch.use(**{case.op: None}):  # undone at the end
+    with use(**{case.op: None}):  # undone at the end
         times = race(calls, device=device, seconds=seconds, before=lambda name: _use(case, racing[name]), failed=failed)
     for name, error in failed.items():
         rows[name] |= told(error, ours=rows[name]["ours"])
@@ -233,9 +237,9 @@ def measure(case, device, roofs, *, seconds=1.0, cold=True):
 
 def told(error, *, ours):
     """What a row says of an exception: a peer refuses with any, ours with what dispatch raised."""
-    if not ours or isinstance(error, dispatch.Refused):
+    if not ours or isinstance(error, Refused):
         return {"refused": refusal(error)}
-    return {"failed": dispatch.failure(error)}
+    return {"failed": failure(error)}
 
 
 def failed_row(case, error, *, cold):
@@ -436,7 +440,7 @@ def free_memory(device):
 
 
 def _reference(case, operands):
-    with dispatch.use(**{case.op: "reference"}):
+    with use(**{case.op: "reference"}):
         return {name: value.detach() for name, value in case.ours(*operands).items()}
 
 
@@ -452,14 +456,14 @@ def _copies(operands):
 
 
 def _use(case, function):
-    return dispatch.use(**{case.op: getattr(function, "backend", None)})
+    return use(**{case.op: getattr(function, "backend", None)})
 
 
 def _chosen(case, operands):
     """The backend that dispatch chooses."""
     with dispatch.record() as calls:
         case.ours(*operands)
-    return next(backend for (name, backend) in calls if dispatch.TABLE[name].family == case.op)
+    return next(backend for (name, backend) in calls if TABLE[name].family == case.op)
 
 
 def _ratio(got, composed, truth, backward):

@@ -7,13 +7,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fastlm import dispatch
+from fastlm import fast_path
 from fastlm.config import GPT2Config
-from fastlm.ops import attention_qkv, bias_gelu, gpt2_blocks, layer_norm, linear_xent, softmax_xent
+from fastlm.ops import attention_qkv, bias_gelu, layer_norm, linear_xent, softmax_xent
 
 __all__ = ["GPT2", "GPT2Config"]
 
 
+@fast_path.plain
 class Conv1D(nn.Module):
     """x W + b with W (in, out), the layout of OpenAI's checkpoints."""
 
@@ -28,11 +29,13 @@ class Conv1D(nn.Module):
         return flat.view(*x.shape[:-1], self.weight.shape[1])
 
 
+@fast_path.plain
 class Embedding(nn.Embedding):
     def forward(self, tokens, sparse=False):
         return F.embedding(tokens, self.weight, sparse=sparse)
 
 
+@fast_path.plain
 class LayerNorm(nn.LayerNorm):
     """x (B, T, C) normalised, in autocast's dtype where that is on; with a residual, x + residual, and the sum too."""
 
@@ -43,6 +46,7 @@ class LayerNorm(nn.LayerNorm):
         return y.view(x.shape) if residual is None else (y[0].view(x.shape), y[1].view(x.shape))
 
 
+@fast_path.plain
 class Attention(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
@@ -64,6 +68,7 @@ class Attention(nn.Module):
         return F.dropout(self.c_proj(o.reshape(B, T, C)), self.residual_dropout, self.training)
 
 
+@fast_path.plain
 class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
@@ -78,6 +83,7 @@ class MLP(nn.Module):
         return F.dropout(x, self.residual_dropout, self.training)
 
 
+@fast_path.plain
 class Block(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
@@ -101,18 +107,8 @@ class Block(nn.Module):
         parts = self.ln_1, self.attn.c_attn, self.attn.c_proj, self.ln_2, self.mlp.c_fc, self.mlp.c_proj
         return [weight for part in parts for weight in (part.weight, part.bias)]
 
-    def is_plain(self):
-        """Whether nothing in it has another class, or a hook."""
-        attn, mlp = self.attn, self.mlp
-        parts = ((self, Block), (self.ln_1, LayerNorm), (attn, Attention), (attn.c_attn, Conv1D), (attn.c_proj, Conv1D),
-                 (self.ln_2, LayerNorm), (mlp, MLP), (mlp.c_fc, Conv1D), (mlp.c_proj, Conv1D))
-        return all(type(part) is kind and not (part._forward_hooks or part._forward_pre_hooks or part._backward_hooks
-                                               or part._backward_pre_hooks) for part, kind in parts)
 
-
-AT_ONCE = 2**22  # weights of the blocks that one call of gpt2_blocks takes: their gradients exist together
-
-
+@fast_path.plain
 class GPT2(nn.Module):
     """`model(tokens, targets)` → (logits (B, T, V), loss); `loss`, `generate`, `from_pretrained`, `save_pretrained`.
 
@@ -159,46 +155,11 @@ class GPT2(nn.Module):
         seeds = self._layer_seeds(seed) if self.training and self.config.attn_pdrop else [None] * self.config.n_layer
         x = self.transformer.wte(tokens, sparse) + self.transformer.wpe(positions)
         x = F.dropout(x, self.config.embd_pdrop, self.training)
-        if cache is None and self._in_whole_blocks(x):
-            x = self._whole_blocks(x)
-        elif self._are_plain():
-            added = None
-            for block, seed in zip(self.transformer.h, seeds):
-                x, added = block.unadded(x, added, cache, seed)
-            return self.transformer.ln_f(added, x)[0]
-        else:
-            for block, seed in zip(self.transformer.h, seeds):
-                x = block(x, cache, seed)
+        if (fast := fast_path.hidden(self, x, cache, seeds)) is not None:
+            return fast
+        for block, seed in zip(self.transformer.h, seeds):
+            x = block(x, cache, seed)
         return self.transformer.ln_f(x)
-
-    def _are_plain(self):
-        """Whether nothing looks between the blocks, or at the last norm: then their sums are made by the norms."""
-        ln_f = self.transformer.ln_f
-        hooks = ln_f._forward_hooks or ln_f._forward_pre_hooks or ln_f._backward_hooks or ln_f._backward_pre_hooks
-        blocks = self.transformer.h
-        return type(ln_f) is LayerNorm and not hooks and len(blocks) > 0 and all(block.is_plain() for block in blocks)
-
-    def _in_whole_blocks(self, x):
-        """Whether gpt2_blocks does what the blocks would, and faster: plain ones in fp32 on a CPU, without dropout,
-        where no backend is forced for a part of them.
-        """
-        if x.device.type != "cpu" or x.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
-            return False
-        if self.training and (self.config.attn_pdrop or self.config.resid_pdrop):
-            return False
-        forced = dispatch.forced("gpt2_blocks")
-        if forced is None and (dispatch.machine_why_not("cpu") is not None or any(
-                dispatch.forced(part) for part in ("layer_norm", "attention", "bias_gelu"))):
-            return False
-        return forced in (None, "cpu") and self.dtype == x.dtype and all(b.is_plain() for b in self.transformer.h)
-
-    def _whole_blocks(self, x):
-        blocks, config = self.transformer.h, self.config
-        many = max(1, AT_ONCE // (12 * config.n_embd**2))
-        for first in range(0, len(blocks), many):
-            weights = [weight for block in blocks[first : first + many] for weight in block.weights()]
-            x = gpt2_blocks(x, weights, heads=config.n_head, epsilon=config.layer_norm_epsilon)
-        return x
 
     def _layer_seeds(self, seed):
         """The dropout seed of every layer, (4,) each: seed, step, layer, first sequence."""

@@ -33,13 +33,15 @@ os.environ["FASTLM_CACHE"] = CACHE.name  # what was tuned on this machine choose
 
 import numerics  # noqa: E402
 
+import fastlm  # noqa: E402
 from fastlm import dispatch, ops  # noqa: E402, F401  ops fills the table
-from fastlm.backends import chunked, machine, native  # noqa: E402  ops fills the table
+from fastlm.backends import chunked, machine, native  # noqa: E402
+from fastlm.table import TABLE  # noqa: E402
 
 DEVICE = "cuda" if GPU else "cpu"
 LAUNCHERS = [native]
 if importlib.util.find_spec("triton"):
-    names = {row.kernels["triton"].partition(":")[0] for row in dispatch.TABLE.values() if "triton" in row.kernels}
+    names = {row.kernels["triton"].partition(":")[0] for row in TABLE.values() if "triton" in row.kernels}
     LAUNCHERS += [importlib.import_module(name) for name in sorted(names)]
 
 
@@ -136,7 +138,7 @@ def emulated():
         )
         chunked.emulated = chunked.Chunked(native.emulated, padded=True)
         machine.BACKENDS["cuda-emulated"] = (("cpu",), lambda: None)
-        for row in dispatch.TABLE.values():
+        for row in TABLE.values():
             if "cuda" in row.kernels:
                 row.kernels["cuda-emulated"] = row.kernels["cuda"].replace(":cuda", ":emulated")
                 object.__setattr__(row, "limits", functools.partial(_cuda_limits, row.limits))
@@ -149,7 +151,7 @@ def _cuda_limits(limits, backend, *args):
 def pytest_generate_tests(metafunc):
     chosen = any(marker.args[0] == "backend" for marker in metafunc.definition.iter_markers("parametrize"))
     if "backend" in metafunc.fixturenames and hasattr(metafunc.module, "FAMILY") and not chosen:
-        row = next(row for row in dispatch.TABLE.values() if row.family == metafunc.module.FAMILY)
+        row = next(row for row in TABLE.values() if row.family == metafunc.module.FAMILY)
         names = [name for name in ("reference", "torch", "cpu", "triton", "cuda") if name in row.kernels]
         if not GPU:
             names = [name.replace("cuda", "cuda-emulated") for name in names]
@@ -171,13 +173,13 @@ def backend(request):
     name, family = request.param, request.module.FAMILY
     if name == "cuda-emulated":
         request.getfixturevalue("emulated")
-    row = next(row for row in dispatch.TABLE.values() if row.family == family)
+    row = next(row for row in TABLE.values() if row.family == family)
     reason = dispatch.why_not(row.name, name)
     if reason is None and DEVICE not in machine.devices(name):
         reason = f"the {name} kernels take no tensors on {DEVICE}"
     if reason is not None:
         pytest.skip(reason)
-    with dispatch.use(**{family: name}), two_threads_for(name):
+    with fastlm.use(**{family: name}), two_threads_for(name):
         yield name
 
 

@@ -11,12 +11,13 @@ import torch
 from typer.testing import CliRunner
 
 import fastlm
-from fastlm import dispatch
 from fastlm.backends import native
+from fastlm.backends.machine import machine_why_not
 from fastlm.benchmarks import apart, bench_train, compare, harness, peers, programs
 from fastlm.cli import app
 from fastlm.measure import roofs as roofs_module
 from fastlm.measure.roofs import Roofs
+from fastlm.table import TABLE, forget
 
 ROOFS = Roofs(copy=20e9, read=25e9, products={"fp32": 100e9, "bf16": 200e9, "fp16": 1e9}, launch=1e-6, taken=0.0)
 SMALL = {"softmax_xent": "N=8,V=100", "attention": "B=1,T=16,H=2,D=16", "decode_attention": "B=2,S=70,H=2,D=16",
@@ -41,7 +42,7 @@ def run(*arguments):
 
 
 def native_here():
-    if (reason := dispatch.machine_why_not("cpu")) is not None:
+    if (reason := machine_why_not("cpu")) is not None:
         pytest.skip(reason)
 
 
@@ -73,7 +74,7 @@ def test_the_products_alone(tmp_path):
 
 
 def test_the_suite_covers_every_op():
-    assert set(harness.OPS) == {row.family for row in dispatch.TABLE.values()}
+    assert set(harness.OPS) == {row.family for row in TABLE.values()}
 
 
 def test_figures_follow_from_bytes_flops_and_roofs():
@@ -89,10 +90,10 @@ def test_a_wrong_kernel_has_no_speed(monkeypatch, tmp_path):
     native_here()
     right = native.cpu.decode_attention
     monkeypatch.setattr(native.cpu, "decode_attention", lambda *a: right(*a) * 1.01, raising=False)
-    dispatch._forget()
+    forget()
     arguments = ("decode_attention", "--shape", SMALL["decode_attention"], "--dtype", "fp32")
     done = run(*arguments, "--out", str(tmp_path / "r.json"))
-    dispatch._forget()
+    forget()
     assert done.exit_code == 1 and "fastlm cpu is WRONG" in done.output
     row = next(row for row in harness.read(tmp_path / "r.json")["rows"] if row["contender"] == "fastlm cpu")
     assert row["wrong"] and "median_us" not in row
@@ -109,9 +110,9 @@ def test_a_slowed_kernel_is_a_regression(monkeypatch, tmp_path):
         return right(*a)
 
     monkeypatch.setattr(native.cpu, "decode_attention", slowed, raising=False)
-    dispatch._forget()
+    forget()
     done = run(*arguments, "--compare", str(tmp_path / "r.json"))
-    dispatch._forget()
+    forget()
     assert done.exit_code == 1 and "slower" in done.output
 
 

@@ -9,6 +9,8 @@ import torch
 
 import fastlm
 from fastlm import dispatch
+from fastlm.forcing import forced
+from fastlm.table import TABLE
 
 
 def run(code, **environment):
@@ -19,11 +21,11 @@ def run(code, **environment):
 def test_use_is_undone():
     with fastlm.use("torch"):
         with fastlm.use(attention="reference"):
-            assert dispatch.forced("attention") == "reference" and dispatch.forced("softmax_xent") == "torch"
-        assert dispatch.forced("attention") == "torch"
+            assert forced("attention") == "reference" and forced("softmax_xent") == "torch"
+        assert forced("attention") == "torch"
         with fastlm.use(attention=None):
-            assert dispatch.forced("attention") == "torch"  # the force on every op still holds
-    assert dispatch.forced("attention") is None
+            assert forced("attention") == "torch"  # the force on every op still holds
+    assert forced("attention") is None
 
 
 def test_a_forced_backend_serves_every_op_that_has_it():
@@ -53,10 +55,10 @@ def test_a_record_within_another_counts_for_both():
     ],
 )
 def test_unknown_names(arguments, told, monkeypatch):
-    monkeypatch.delitem(dispatch.TABLE["cache_append_"].kernels, "triton")
+    monkeypatch.delitem(TABLE["cache_append_"].kernels, "triton")
     with pytest.raises(ValueError, match=told):
         fastlm.use(**arguments) if isinstance(arguments, dict) else fastlm.use(*arguments)
-    assert dispatch.forced("attention") is None
+    assert forced("attention") is None
 
 
 def test_a_backend_without_a_backward_leaves_it_to_others(emulated):
@@ -76,7 +78,7 @@ def test_a_forced_backend_that_cannot_take_the_call_says_why():
             fastlm.attention(*[torch.zeros(1, 2, 1, 300)] * 3)
         meta = torch.zeros(2, 3, device="meta")
         with pytest.raises(RuntimeError, match="take tensors on cpu, got meta"):
-            dispatch._resolve(dispatch.TABLE["softmax_xent_fwd"], meta, meta, -100)
+            dispatch._resolve(TABLE["softmax_xent_fwd"], meta, meta, -100)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here: cuda and triton run")
@@ -85,7 +87,7 @@ def test_environment_names_a_backend_that_cannot_run(backend):
     code = "import torch, fastlm; fastlm.softmax_xent(torch.zeros(2, 3), torch.tensor([0, 1]))"
     done = run(code, FASTLM_BACKEND=backend)
     assert done.returncode == 1
-    assert f"dispatch.Refused: FASTLM_BACKEND: backend '{backend}' cannot run here: " in done.stderr
+    assert f"fastlm.refusal.Refused: FASTLM_BACKEND: backend '{backend}' cannot run here: " in done.stderr
     assert "GPU" in done.stderr or "CUDA" in done.stderr or "compiled kernels" in done.stderr
 
 
@@ -125,7 +127,7 @@ def test_who_runs_the_backward_of_attention_on_a_gpu(T, D, dtype, capability, fi
     """As measured: the order depends on the call, and what it depends on is part of the key."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
     qkv, do = torch.empty(1, T, 3, 1, D, dtype=dtype), torch.empty(1, T, 1, D, dtype=dtype)
-    row = dispatch.TABLE["attention_qkv_bwd"]
+    row = TABLE["attention_qkv_bwd"]
     assert row.order["cuda"](do, qkv)[0] == first
-    short = row.key(do, qkv[:, :1], do, None, 1, 1.0, 0.0, None)
+    short = row.key(do[:, :1], qkv[:, :1], do, None, 1, 1.0, 0.0, None)
     assert (row.key(do, qkv, do, None, 1, 1.0, 0.0, None) == short) == (T <= 2048)

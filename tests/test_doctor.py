@@ -11,12 +11,12 @@ import torch
 from typer.testing import CliRunner
 
 import fastlm
-from fastlm import dispatch
 from fastlm.backends import machine
 from fastlm.cli import app
 from fastlm.cli import doctor as doctor_module
 from fastlm.cli.doctor import examine
 from fastlm.measure import roofs
+from fastlm.table import TABLE
 
 SOME = roofs.Roofs(copy=20e9, read=25e9, products={"fp32": 1e11}, launch=1e-6, taken=0.0)
 ROOT = Path(__file__).parent.parent
@@ -40,7 +40,7 @@ def test_every_cell_has_an_answer(monkeypatch, tmp_path):
     monkeypatch.setenv("FASTLM_CACHE", str(tmp_path))
     found = examine()
     for families in found["devices"].values():
-        assert set(families) == {row.family for row in dispatch.TABLE.values()}
+        assert set(families) == {row.family for row in TABLE.values()}
         for row in families.values():
             assert row["backends"][row["chosen"]] == "runs"
             assert all(cell == "runs" or len(cell.split()) >= 4 for cell in row["backends"].values()), row

@@ -10,13 +10,13 @@ import torch
 from conftest import two_threads_for
 
 import fastlm
-from fastlm import dispatch
+from fastlm.backends.machine import machine_why_not
 from fastlm.generation import KVCache, engine, sampling, step
-from fastlm.gpt2 import Conv1D
+from fastlm.gpt2 import MLP, Conv1D
 from fastlm.measure.numerics import norm_ratio
 from fastlm.quantised import dequantise, quantise, quantise_
 
-if (reason := dispatch.machine_why_not("cpu")) is not None:
+if (reason := machine_why_not("cpu")) is not None:
     pytest.skip(reason, allow_module_level=True)
 
 LOOP = sys.modules["fastlm.generation.generate"]  # the package has a function of that name
@@ -94,7 +94,7 @@ def test_numerics(model, dtype):
     """Held to the policy: the reference's composition in the same dtype is the measure, fp64 the truth."""
     model = model.to(dtype)
     _, got, _, _ = decoded(model)
-    with dispatch.use("reference"):
+    with fastlm.use("reference"):
         composed = decoded(model)[0]
         truth = decoded_in_fp64(model)
     assert norm_ratio(got, composed, truth) <= 1
@@ -269,7 +269,7 @@ def test_quantised_models(model, kind, T, monkeypatch):
         product, head = Conv1D.forward, torch.nn.Linear.forward
         monkeypatch.setattr(Conv1D, "forward", lambda self, x, **bias: product(self, rounded(x), **bias))
         monkeypatch.setattr(torch.nn.Linear, "forward", lambda self, x: head(self, rounded(x)))
-        with dispatch.use(layer_norm="cpu"):  # the parts, not whole blocks
+        with fastlm.use(layer_norm="cpu"):  # the parts, not whole blocks
             wanted = model(tokens)[0]
     # A number that lies between two int8 falls to this side or that: 1/254 of the largest, in few.
     assert float((got - wanted).norm() / wanted.norm()) < 4e-3
@@ -335,11 +335,13 @@ def test_why_not():
     model = make("even")
     assert engine.why_not(model) is None
     assert "takes float32 and bfloat16" in engine.why_not(make("even").half())
-    with dispatch.use("torch"):
+    with fastlm.use("torch"):
         assert "torch is forced" in engine.why_not(model)
     handle = model.transformer["h"][0].mlp.register_forward_hook(lambda *_: None)
-    assert "hooks" in engine.why_not(model)
+    assert engine.why_not(model).startswith("transformer.h.0.mlp has hooks")
     handle.remove()
+    model.transformer["h"][1].mlp.__class__ = type("Mine", (MLP,), {})
+    assert engine.why_not(model).startswith("transformer.h.1.mlp is of a class of its own, Mine")
 
     class Other(fastlm.GPT2):
         pass

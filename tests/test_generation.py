@@ -9,11 +9,13 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastlm
-from fastlm import dispatch
+from fastlm import dispatch, fast_path
 from fastlm.backends.philox import philox
 from fastlm.data.tokenizer import Tokenizer
+from fastlm.forcing import forced
 from fastlm.generation import KVCache, step, stream_tokens
 from fastlm.generation.sampling import BAD, choose, uniforms
+from fastlm.table import TABLE, forget
 
 LOOP = sys.modules["fastlm.generation.generate"]  # the package has a function of that name
 
@@ -42,7 +44,7 @@ def test_the_forced_backend_runs_and_stays_forced(model, name):
         pytest.skip(reason)
     with fastlm.use(name), dispatch.record() as calls:
         model.generate(PROMPTS, max_new_tokens=3)
-        assert dispatch.forced("attention") == name
+        assert forced("attention") == name
     L = model.config.n_layer
     assert dict(calls) == {
         ("cache_append_", name): 3 * L, ("attention_qkv_fwd", name): L, ("decode_attention", name): 2 * L,
@@ -160,15 +162,16 @@ def test_warmup_chooses_every_kernel_and_changes_nothing(training):
     config = fastlm.GPT2Config(vocab_size=31, n_positions=16, n_embd=24, n_layer=2, n_head=2)
     model = fastlm.GPT2(config).train(training)
     before, state = [p.detach().clone() for p in model.parameters()], torch.get_rng_state()
-    dispatch._forget()
+    forget()
     assert fastlm.warmup(model, [(2, 16), (1, 1)]) > 0
-    chosen = {name for name, row in dispatch.TABLE.items() if row.chosen}
+    chosen = {name for name, row in TABLE.items() if row.chosen}
     used = {"attention_qkv_fwd", "bias_gelu_fwd", "layer_norm_fwd"} | ({
         "softmax_xent_fwd", "softmax_xent_bwd", "attention_qkv_bwd", "bias_gelu_bwd", "layer_norm_bwd",
         "linear_xent_grad",
     } if training else {"cache_append_", "decode_attention"})
     whole = {"gpt2_blocks_fwd", "gpt2_blocks_bwd"}  # on a CPU, where there is no dropout
-    assert chosen - whole == used and bool(chosen & whole) == (not training and model._in_whole_blocks(torch.ones(1)))
+    assert chosen - whole == used and bool(chosen & whole) == (
+        not training and fast_path.whole_why_not(model, torch.ones(1)) is None)
     assert all(torch.equal(*pair) for pair in zip(before, model.parameters()))
     assert all(p.grad is None for p in model.parameters()) and torch.equal(state, torch.get_rng_state())
     with pytest.raises(ValueError, match=r"warmup: shape is \(2, 17\), wanted .* n_positions 16"):

@@ -9,6 +9,7 @@ from guard import guarded
 
 import fastlm
 from fastlm import dispatch
+from fastlm.backends.machine import machine_why_not
 from fastlm.ops import BLOCK_WEIGHTS
 
 FAMILY = "gpt2_blocks"
@@ -168,14 +169,14 @@ def model_of(**changes):
 
 
 needs_kernels = pytest.mark.skipif(
-    DEVICE != "cpu" or dispatch.machine_why_not("cpu") is not None, reason="needs the CPU kernels, and a CPU to run on"
+    DEVICE != "cpu" or machine_why_not("cpu") is not None, reason="needs the CPU kernels, and a CPU to run on"
 )
 
 
 def calls(model, train=True, **forced):
     """The torch ops that a step of a model calls."""
     tokens = torch.arange(20).view(2, 10)
-    with dispatch.use(**forced), dispatch.record() as found:
+    with fastlm.use(**forced), dispatch.record() as found:
         model.train(train).loss(tokens, tokens).backward()
     return {op for op, _ in found}
 
@@ -206,12 +207,12 @@ def test_the_model_takes_the_parts_where_whole_blocks_do_not_serve(case):
 @needs_kernels
 @pytest.mark.parametrize("at_once", [1, 2, 3], ids="{} blocks a call".format)
 def test_whole_blocks_give_what_the_parts_give(at_once, monkeypatch):
-    monkeypatch.setattr("fastlm.gpt2.AT_ONCE", at_once * 12 * 24**2)
+    monkeypatch.setattr("fastlm.fast_path.AT_ONCE", at_once * 12 * 24**2)
     model, tokens = model_of(), torch.arange(20).view(2, 10)
 
     def step(**forced):
         model.zero_grad()
-        with dispatch.use(**forced):
+        with fastlm.use(**forced):
             loss = model.loss(tokens, tokens)
             loss.backward()
         return loss, {name: p.grad.to_dense() for name, p in model.named_parameters() if p.grad is not None}

@@ -1,6 +1,7 @@
 """The shape of the house: one op, one name, six homes; data falls straight down; nothing unsafe inside."""
 
 import ast
+import graphlib
 import re
 import subprocess
 import sys
@@ -9,19 +10,29 @@ from pathlib import Path
 import compiled
 import pytest
 
-from fastlm import dispatch, ops
+from fastlm import ops
+from fastlm.table import TABLE
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = sorted((ROOT / "fastlm").rglob("*.py"))
+MODULES = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path for path in PACKAGE}
 OPS = sorted(path.stem for path in (ROOT / "fastlm" / "ops").glob("*.py") if path.stem not in ("__init__", "checks"))
 
 # From the ground up: a module imports from its own floor or a lower one. What is not named stands on its folder's.
 FLOORS = [
-    {"config", "kernels", "ops.checks", "backends", "measure"},
+    {"config", "kernels", "ops.checks", "backends", "measure", "refusal", "table"},
     {"backends.reference", "backends.native"}, {"backends.vendor"}, {"backends.chunked", "backends.composed"},
-    {"dispatch"}, {"ops"}, {"gpt2", "quantised", "pretrained", "data"}, {"generation", "training"},
-    {"measure.certificate"}, {"benchmarks"}, {"cli"},
+    {"forcing"}, {"dispatch"}, {"ops"}, {"fast_path", "quantised", "data"},
+    {"generation", "pretrained"},  # they take a model for what it does, and know no class of it
+    {"gpt2"}, {"training"}, {"measure.certificate"}, {"benchmarks"}, {"cli"},
 ]
+
+# The homes of the ops, and who calls some by name. What is not named speaks of ops in general.
+NAME_OPS = {
+    "ops", "backends.reference", "backends.vendor", "backends.native", "backends.chunked", "backends.composed",
+    "__init__", "fast_path", "gpt2", "generation", "training", "measure.certificate",
+    "cli.doctor", "cli.explain", "cli.generate",
+}
 
 
 def floor(module):
@@ -33,18 +44,18 @@ def floor(module):
 
 
 def imports(path):
-    """The fastlm modules that a file imports, and its whole imports by name."""
+    """The fastlm modules that a file imports, inside functions too, and its whole imports by name."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:  # a neighbour has a level
-            package = node.module == "fastlm"
-            yield from (f"fastlm.{alias.name}" for alias in node.names) if package else [node.module]
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+            yield from (name if node.module == "fastlm" or name in MODULES else node.module for name in names)
 
 
 @pytest.mark.parametrize("op", OPS)
 def test_one_op_six_homes(op):
-    kernels = next(row.kernels for row in dispatch.TABLE.values() if row.family == op)
+    kernels = next(row.kernels for row in TABLE.values() if row.family == op)
     assert (ROOT / "tests" / f"test_{op}.py").is_file()
     assert (ROOT / "benchmarks" / f"bench_{op}.py").is_file()
     # Those of linear_xent are softmax_xent's, in chunks.
@@ -59,7 +70,7 @@ def test_every_public_op_is_in_the_package():
     import fastlm
 
     assert all(callable(getattr(fastlm, name)) or name.isupper() for name in ops.__all__)
-    assert {row.family for row in dispatch.TABLE.values()} == set(OPS)
+    assert {row.family for row in TABLE.values()} == set(OPS)
 
 
 @pytest.mark.parametrize("path", PACKAGE, ids=lambda path: str(path.relative_to(ROOT)))
@@ -67,12 +78,41 @@ def test_nobody_imports_a_higher_floor(path):
     parts = path.relative_to(ROOT / "fastlm").with_suffix("").parts
     if parts == ("__init__",):
         return
-    lazily = {"gpt2": {"generation"}}.get(parts[0], set())  # inside functions: the way back
     for name in imports(path):
         below = name.split(".")
-        if below[0] != "fastlm" or len(below) < 2 or below[1] in {"_C", "__version__"} | lazily:
+        if below[0] != "fastlm" or len(below) < 2 or below[1] in {"_C", "__version__"}:
             continue
         assert floor(".".join(below[1:])) <= floor(".".join(parts)), f"{path.name} imports {name}"
+
+
+def test_no_imports_in_a_circle():
+    """Nor inside functions. What imports a package is not held to import all that the package does."""
+    graph = {name: set(imports(path)) & set(MODULES) - {name} for name, path in MODULES.items()}
+    assert {"fastlm.generation", "fastlm.fast_path"} <= graph["fastlm.gpt2"]
+    graphlib.TopologicalSorter(graph).prepare()  # CycleError tells the circle
+
+
+def words(path):
+    """The words of a file's code: names and strings, without docstrings."""
+    tree = ast.parse(path.read_text())
+    told = {id(node.body[0].value) for node in ast.walk(tree)
+            if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and isinstance(node.body[0], ast.Expr)}
+    for node in ast.walk(tree):
+        for value in vars(node).values() if id(node) not in told else ():
+            for text in value if isinstance(value, list) else [value]:
+                yield from re.findall(r"\w+", text) if isinstance(text, str) else ()
+
+
+def test_only_their_homes_and_callers_name_ops():
+    """Dispatch, table, forcing, measure and the rest know ops by their rows alone."""
+    op = re.compile(rf"({'|'.join(OPS)})(_|_qkv)?(_fwd|_bwd|_grad)?")
+    assert op.fullmatch("attention_qkv_bwd") and op.fullmatch("adamw_") and not op.fullmatch("layer_norm_epsilon")
+    assert all(op.fullmatch(name) for name in TABLE)
+    names = {".".join(path.relative_to(ROOT / "fastlm").with_suffix("").parts): path for path in PACKAGE}
+    speaking = {name for name, path in names.items() if any(op.fullmatch(word) for word in words(path))}
+    allowed = {name: {part for part in NAME_OPS if name == part or name.startswith(f"{part}.")} for name in speaking}
+    assert all(allowed.values()), {name for name in speaking if not allowed[name]}
+    assert NAME_OPS == set().union(*allowed.values()), "some name none"
 
 
 def test_kernels_know_nothing_of_the_package():

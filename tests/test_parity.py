@@ -11,6 +11,7 @@ from conftest import GPU
 
 import fastlm
 from fastlm import dispatch
+from fastlm.table import TABLE
 
 pytest.importorskip("transformers", reason="transformers is not installed to compare with")
 import parity
@@ -118,12 +119,12 @@ def test_interpreted_kernels_make_a_whole_model(backend):
     tokens, targets = parity.batch(model, 3, 21)
     with dispatch.record() as calls:
         ours = parity.step(model, tokens, targets)
-    assert {name for op, name in calls if "triton" in dispatch.TABLE[op].kernels} == {"triton"}
+    assert {name for op, name in calls if "triton" in TABLE[op].kernels} == {"triton"}
     hold("interpreted", backend, ours, *(parity.step(parity.twin(model, name), tokens, targets)
                                          for name in ("eager", "sdpa")))
     with dispatch.record() as calls:
         greedy_equals_transformers(model.eval(), parity.twin(model))
-    assert {name for op, name in calls if "triton" in dispatch.TABLE[op].kernels} == {"triton"}
+    assert {name for op, name in calls if "triton" in TABLE[op].kernels} == {"triton"}
 
 
 @pytest.mark.skipif(GPU, reason="a GPU is here: the backends themselves run, nothing is interpreted or emulated")
@@ -136,7 +137,7 @@ def test_emulated_kernels_generate(emulated, dtype):
     emulated = {**half, "decode_attention": "cuda-emulated", "cache_append": "cuda-emulated"}
     with fastlm.use(**emulated), dispatch.record() as calls:
         greedy_equals_transformers(model.to(dtype), theirs)
-    ran = {name for op, name in calls if "cuda" in dispatch.TABLE[op].kernels and (half or "attention_qkv" not in op)}
+    ran = {name for op, name in calls if "cuda" in TABLE[op].kernels and (half or "attention_qkv" not in op)}
     assert ran == {"cuda-emulated"}
 
 

@@ -19,6 +19,8 @@ from fastlm.measure import certificate, tuned
 from fastlm.measure import roofs as roofs_module
 from fastlm.measure.certificate import Line, certify, unmeasured
 from fastlm.measure.roofs import Roofs
+from fastlm.refusal import failure
+from fastlm.table import TABLE, forget
 
 ROOFS = Roofs(copy=20e9, read=25e9, products={"fp32": 100e9, "bf16": 200e9, "fp16": 1e9}, launch=1e-6, taken=0.0)
 
@@ -65,7 +67,7 @@ def _forget():
     """What is remembered of the machine, the tuned tables and the choices."""
     tuned._name.cache_clear()
     tuned._rows.cache_clear()
-    dispatch._forget()
+    forget()
 
 
 @pytest.fixture
@@ -82,7 +84,7 @@ def plant(monkeypatch):
             return got * float("nan") if isinstance(got, torch.Tensor) else tuple(x * float("nan") for x in got)
 
         monkeypatch.setattr(module, name, planted)
-        dispatch._forget()
+        forget()
         return ERRORS[kind][1] if kind in ERRORS else "NaN"
 
     return put
@@ -92,25 +94,25 @@ def plant(monkeypatch):
 def half(monkeypatch):
     """A backend that has the forward of attention alone."""
     monkeypatch.setitem(machine.BACKENDS, "half", (("cpu",), lambda: None))
-    monkeypatch.setitem(dispatch.TABLE["attention_qkv_fwd"].kernels, "half", "fastlm.backends.reference")
-    dispatch._forget()
+    monkeypatch.setitem(TABLE["attention_qkv_fwd"].kernels, "half", "fastlm.backends.reference")
+    forget()
     return "half"
 
 
 @contextlib.contextmanager
 def refusing(family, *exempt):
     """Dispatch refuses the family's ops on every backend but those."""
-    rows = [row for row in dispatch.TABLE.values() if row.family == family]
+    rows = [row for row in TABLE.values() if row.family == family]
     limits = [row.limits for row in rows]
     for row in rows:
         object.__setattr__(row, "limits", lambda backend, *_: None if backend in exempt else f"{backend} will not")
-    dispatch._forget()
+    forget()
     try:
         yield
     finally:
         for row, former in zip(rows, limits):
             object.__setattr__(row, "limits", former)
-        dispatch._forget()
+        forget()
 
 
 @pytest.fixture
@@ -146,21 +148,21 @@ def run(*arguments):
 
 def test_what_dispatch_refuses_is_a_class_of_its_own():
     x = torch.randn(3)
-    with refusing("grad_norm"), pytest.raises(dispatch.Refused, match="no backend can run grad_norm: .*torch will not"):
+    with refusing("grad_norm"), pytest.raises(fastlm.Refused, match="no backend can run grad_norm: .*torch will not"):
         fastlm.grad_norm(x)
     with refusing("grad_norm", "reference"), fastlm.use(grad_norm="torch"):
-        with pytest.raises(dispatch.Refused, match="grad_norm cannot run on backend 'torch': torch will not"):
+        with pytest.raises(fastlm.Refused, match="grad_norm cannot run on backend 'torch': torch will not"):
             fastlm.grad_norm(x)
-    assert issubclass(dispatch.Refused, RuntimeError)
+    assert issubclass(fastlm.Refused, RuntimeError)
 
 
 def test_a_refusal_comes_out_of_the_backward_as_it_is(monkeypatch):
-    row, x = dispatch.TABLE["bias_gelu_bwd"], torch.randn(2, 3, requires_grad=True)
+    row, x = TABLE["bias_gelu_bwd"], torch.randn(2, 3, requires_grad=True)
     y = fastlm.bias_gelu(x, torch.zeros(3)).sum()
     limits = row.limits
     try:
         object.__setattr__(row, "limits", lambda *_: "never")
-        with pytest.raises(dispatch.Refused, match="no backend can run bias_gelu_bwd"):
+        with pytest.raises(fastlm.Refused, match="no backend can run bias_gelu_bwd"):
             y.backward()
     finally:
         object.__setattr__(row, "limits", limits)
@@ -168,7 +170,7 @@ def test_a_refusal_comes_out_of_the_backward_as_it_is(monkeypatch):
 
 def test_a_machine_that_lacks_a_backend_refuses(monkeypatch, capsys):
     monkeypatch.setitem(machine.BACKENDS, "half", (("cpu",), lambda: "half of it is missing"))
-    with pytest.raises(dispatch.Refused, match="use: backend 'half' cannot run here: half of it is missing"):
+    with pytest.raises(fastlm.Refused, match="use: backend 'half' cannot run here: half of it is missing"):
         fastlm.use("half")
     monkeypatch.setattr(sys, "argv", ["fastlm", "check", "--backend", "half"])
     with pytest.raises(SystemExit) as exit:
@@ -177,24 +179,24 @@ def test_a_machine_that_lacks_a_backend_refuses(monkeypatch, capsys):
 
 
 def test_a_first_call_under_capture_is_no_refusal(monkeypatch):
-    dispatch._forget()
+    forget()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     with pytest.raises(RuntimeError, match="first called under CUDA graph capture") as error:
         fastlm.grad_norm(torch.ones(3))
-    assert not isinstance(error.value, dispatch.Refused)
+    assert not isinstance(error.value, fastlm.Refused)
 
 
 @pytest.mark.parametrize("kind", ERRORS)
 def test_the_first_line_of_a_failure(kind):
     error, told = ERRORS[kind]
-    assert dispatch.failure(error) == told
+    assert failure(error) == told
 
 
 @pytest.mark.parametrize("error, told", [
     (RuntimeError(), "RuntimeError"), (AssertionError("\n"), "AssertionError"), (RuntimeError("x" * 999), "x" * 200)])
 def test_a_failure_that_says_little_or_much(error, told):
-    assert dispatch.failure(error) == told
+    assert failure(error) == told
 
 
 def test_a_part_of_an_op_is_forced_by_itself(half):
@@ -264,7 +266,7 @@ def test_check_names_what_ran_each_part(half, few, monkeypatch, capsys):
 def test_check_of_a_backend_that_measures_nothing(devices, kernels, told, few, monkeypatch, capsys):
     monkeypatch.setitem(machine.BACKENDS, "idle", (devices, lambda: None))
     for name, home in kernels.items():
-        monkeypatch.setitem(dispatch.TABLE[name].kernels, "idle", home)
+        monkeypatch.setitem(TABLE[name].kernels, "idle", home)
     code, out = main(monkeypatch, capsys, "check", "--backend", "idle", "--backend", "torch")
     assert code == 1 and f"idle measured nothing: {told}" in out and "FAIL" in out
     code, out = main(monkeypatch, capsys, "check", "--backend", "idle", "--json")
@@ -416,7 +418,7 @@ def test_a_process_that_dies_is_a_failure_of_its_case(monkeypatch, tmp_path):
 
 
 def test_what_another_process_raises_keeps_its_kind(monkeypatch):
-    for raised, told in ((dispatch.Refused("x"), {"refused": "x"}), (ValueError("x"), {"invalid": "x"}),
+    for raised, told in ((fastlm.Refused("x"), {"refused": "x"}), (ValueError("x"), {"invalid": "x"}),
                          (CompilationError("x"), {"failed": "CompilationError: x"})):
         def function(raised=raised):
             raise raised
@@ -424,12 +426,12 @@ def test_what_another_process_raises_keeps_its_kind(monkeypatch):
         assert apart._answer(function) == told
     with apart.Process("harness", "head", device="nowhere") as process, pytest.raises(RuntimeError) as error:
         process.ask()
-    assert "nowhere" in str(error.value) and not isinstance(error.value, dispatch.Refused)
+    assert "nowhere" in str(error.value) and not isinstance(error.value, fastlm.Refused)
     if not torch.cuda.is_available():
         monkeypatch.setenv("FASTLM_BACKEND", "cuda")
         shape = {"B": 1, "T": 6, "L": 1, "H": 2, "C": 32, "V": 97}
         with apart.Process("bench_train", "stepping", name="fastlm", shape=shape, dtype="fp32",
-                           device="cpu") as process, pytest.raises(dispatch.Refused, match="cannot run here"):
+                           device="cpu") as process, pytest.raises(fastlm.Refused, match="cannot run here"):
             process.ask()
 
 
@@ -506,7 +508,7 @@ def test_doctor_fails_where_the_choice_does(plant, few):
 
 
 def test_doctor_tells_what_ran_each_part(half, few, monkeypatch):
-    monkeypatch.setitem(dispatch.TABLE["attention_fwd"].kernels, "half", "fastlm.backends.reference")
+    monkeypatch.setitem(TABLE["attention_fwd"].kernels, "half", "fastlm.backends.reference")
     done = run("doctor", "--json")
     found = strict(done.output)["devices"]["cpu"]["attention"]
     assert done.exit_code == 0 and found["backends"]["half"] == "runs"
@@ -538,4 +540,4 @@ def test_profile_of_what_dispatch_refuses(monkeypatch, tmp_path):
     with refusing("grad_norm", "reference"), fastlm.use("torch"):
         done = run("profile", "train", "--shape", "B=1,T=8,L=1,H=2,C=32,V=97", "--device", "cpu", "--steps", "1",
                    "--out", tmp_path / "t.json")
-    assert isinstance(done.exception, dispatch.Refused)  # of which the command line makes exit code 2
+    assert isinstance(done.exception, fastlm.Refused)  # of which the command line makes exit code 2

@@ -12,6 +12,7 @@ from fastlm.benchmarks import harness
 from fastlm.cli import app
 from fastlm.measure import roofs, tuned
 from fastlm.measure.roofs import Roofs
+from fastlm.table import forget
 
 
 @pytest.fixture(autouse=True)
@@ -21,10 +22,10 @@ def cache(monkeypatch, tmp_path):
     some = Roofs(copy=20e9, read=25e9, products={"fp32": 100e9, "bf16": 200e9, "fp16": 1e9}, launch=1e-6, taken=0.0)
     monkeypatch.setattr(roofs, "measure", lambda device: some)
     tuned._rows.cache_clear()
-    dispatch._forget()
+    forget()
     yield tmp_path
     tuned._rows.cache_clear()
-    dispatch._forget()
+    forget()
 
 
 def table(*order, dtype="fp32", op="softmax_xent"):
@@ -56,7 +57,7 @@ def test_a_damaged_table_is_told_and_ignored(rows):
     path = tuned.save("cpu", {}, [table("reference")])
     path.write_text(rows)
     tuned._rows.cache_clear()
-    dispatch._forget()
+    forget()
     with pytest.warns(UserWarning, match="is damaged .* run fastlm tune again"):
         assert ran() == usual
 

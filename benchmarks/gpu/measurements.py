@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from fastlm import dispatch
+from fastlm.forcing import use
 from fastlm.generation import stream_tokens
 from fastlm.measure.clock import Times, race
 from fastlm.measure.files import cache_folder
@@ -62,7 +62,7 @@ def _setting(place, name):
     with contextlib.ExitStack() as stack:
         if name not in STOCK:
             forced = dict(SETTINGS[name])
-            stack.enter_context(dispatch.use(forced.pop("*", None), **forced))
+            stack.enter_context(use(forced.pop("*", None), **forced))
         elif place.device == "cuda":
             stack.enter_context(sdpa_kernel(SDPBackend.CUDNN_ATTENTION))
         if name.endswith("cublasLt") and place.device == "cuda":
@@ -191,7 +191,7 @@ def decode(place):
         model, tokens = place.model(shape, positions=1024).bfloat16().eval(), place.tokens(shape)
         for name in (None, *place.backends()):
             label = "fastlm" if name is None else f"fastlm, {name}"
-            with guarded(contender=label, shape=shape), dispatch.use(name):
+            with guarded(contender=label, shape=shape), use(name):
                 gaps, last = [], None
                 for _ in stream_tokens(model, tokens, max_new_tokens=shape["N"], temperature=0, stop_at=None):
                     now = time.perf_counter()

@@ -14,7 +14,9 @@ import time
 import torch
 
 import fastlm
-from fastlm import dispatch
+from fastlm.backends.machine import BACKENDS, devices, machine_why_not
+from fastlm.refusal import Refused
+from fastlm.table import backends_of
 
 from .. import harness
 from ..programs import MODEL
@@ -42,7 +44,7 @@ def guarded(may_refuse=False, **what):
     try:
         yield
     except Exception as error:
-        if may_refuse and isinstance(error, dispatch.Refused):
+        if may_refuse and isinstance(error, Refused):
             emit(**what, refused=str(error))
             return
         emit(**what, failed=f"{type(error).__name__}: {harness.refusal(error)}")
@@ -66,9 +68,9 @@ class Place:
 
     def backends(self, family=None):
         """Ours that take tensors here."""
-        names = dispatch.BACKENDS if family is None else dispatch.backends_of(family)
-        return [name for name in names if name != "reference" and dispatch.machine_why_not(name) is None
-                and self.device in dispatch.devices(name)]
+        names = BACKENDS if family is None else backends_of(family)
+        return [name for name in names if name != "reference" and machine_why_not(name) is None
+                and self.device in devices(name)]
 
     def sizes(self, **sizes):
         """A GPT-2's sizes and others: 124M's, or tiny ones."""

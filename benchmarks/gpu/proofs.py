@@ -14,8 +14,12 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 
 from fastlm import dispatch, ops
+from fastlm.backends.machine import machine_why_not
+from fastlm.forcing import use
 from fastlm.measure.certificate import CASES
 from fastlm.measure.numerics import DTYPES, compare
+from fastlm.refusal import Refused
+from fastlm.table import TABLE, backends_of
 from fastlm.training.config import TrainConfig
 from fastlm.training.optimizer import AdamW
 from fastlm.training.step import autocast
@@ -48,7 +52,7 @@ def there(place):
     found |= {"built": _C.cuda.architectures() if hasattr(_C, "cuda") else None, "cpus": os.cpu_count()}
     emit(head=found, summary=", ".join(f"{key} {value}" for key, value in found.items())[:300])
     for name in ("cuda", "triton") if not place.dry else ():
-        if (reason := dispatch.machine_why_not(name)) is not None:
+        if (reason := machine_why_not(name)) is not None:
             emit(backend=name, failed=reason)
 
 
@@ -107,7 +111,7 @@ def smoke(place):
                     count += 1
             if code:
                 emit(part=name, failed=f"its process ended with exit code {code}")
-    forgotten = [(op, name) for op, row in dispatch.TABLE.items() for name in place.backends(row.family)
+    forgotten = [(op, name) for op, row in TABLE.items() for name in place.backends(row.family)
                  if name in row.kernels and (op, name) not in called]
     for op, name in forgotten:
         emit(op=op, backend=name, failed="no part of the smoke test has run it")
@@ -129,9 +133,9 @@ def part(place, name):
         with guarded(may_refuse=dtype != "bf16", **row):
             with dispatch.record() as calls:
                 got = _case(place, family, case, backend, DTYPES[dtype], dtype)
-            ran = {(op, used) for op, used in calls if dispatch.TABLE[op].family == family}
+            ran = {(op, used) for op, used in calls if TABLE[op].family == family}
             called |= {pair for pair in ran if dtype == "bf16" or family in ("adamw", "grad_norm")}
-            if ours := sorted(op for op, used in ran if used != backend and backend in dispatch.TABLE[op].kernels):
+            if ours := sorted(op for op, used in ran if used != backend and backend in TABLE[op].kernels):
                 emit(**row, failed=f"{', '.join(ours)} ran elsewhere")
             truth = _case(place, family, case, "reference", torch.float64, dtype)
             composed = _case(place, family, case, "reference", DTYPES[dtype], dtype)
@@ -149,7 +153,7 @@ def _case(place, family, case, backend, computed, dtype):
     def random(*shape):
         return torch.randn(shape, generator=generator, dtype=torch.float64).to(DTYPES[dtype])
 
-    with dispatch.use(**{family: backend}):
+    with use(**{family: backend}):
         return case(random, lambda x: x.to(place.device, computed))
 
 
@@ -204,7 +208,7 @@ def _captured_decoding(place):
         for _ in range(24):
             row = torch.cat([row, model(row)[0][:, -1].argmax(-1, keepdim=True)], dim=1)
     for name in (None, *place.backends()):
-        with guarded(may_refuse=True, part=CAPTURES[1], backend=name), dispatch.use(name):
+        with guarded(may_refuse=True, part=CAPTURES[1], backend=name), use(name):
             got = torch.stack(model.generate(tokens, max_new_tokens=24, temperature=0, stop_at=None))
             same = bool((got.to(row.device) == row).all())
             emit(part=CAPTURES[1], backend=name,
@@ -217,9 +221,9 @@ def sanitize(place):
     linear_xent's are softmax_xent's, and the racecheck does not survive the library's products around them.
     """
     for name, (family, case) in SMOKE.items():
-        if "cuda" in dispatch.backends_of(family) and family != "linear_xent":
+        if "cuda" in backends_of(family) and family != "linear_xent":
             for dtype in ("bf16", "fp32"):
-                with contextlib.suppress(dispatch.Refused):
+                with contextlib.suppress(Refused):
                     _case(place, family, case, "cuda", DTYPES[dtype], dtype)
                     torch.cuda.synchronize()
                     print(f"{name} {dtype}", flush=True)

@@ -21,13 +21,13 @@ def failing(what):
     """Ends the command with one line and exit code 1 where a kernel of ours raises within; a refusal goes on up."""
     from rich.console import Console
 
-    from fastlm import dispatch
+    from fastlm.refusal import Refused, failure
 
     try:
         yield
-    except (dispatch.Refused, typer.Exit):
+    except (Refused, typer.Exit):
         raise
     except Exception as error:
-        Console().print(f"{what} FAILED: {dispatch.failure(error)}", style="bold red", markup=False, highlight=False,
+        Console().print(f"{what} FAILED: {failure(error)}", style="bold red", markup=False, highlight=False,
                         soft_wrap=True)
         raise typer.Exit(1) from None

@@ -133,46 +133,52 @@ def _ops(device):
     default     "runs" or why not, as dispatch chooses
     others      backend → {torch op: the backend that ran it}, for those that leave a part of the op to another
     """
-    from fastlm import dispatch
     from fastlm.backends.machine import BACKENDS
 
     findings = {}
     for family, call in _samples(device).items():
         cells, others = {}, {}
         for backend in BACKENDS:
-            cells[backend], ran = _try(dispatch, family, backend, call)
+            cells[backend], ran = _try(family, backend, call)
             if elsewhere := {op: name for op, name in ran.items() if name != backend}:
                 others[backend] = elsewhere
-        default, ran = _called(dispatch, call)
+        default, ran = _called(call)
         findings[family] = {"backends": cells, "chosen": next(iter(ran.values()), None), "default": default,
                             "others": others}
     return findings
 
 
-def _try(dispatch, family, backend, call):
+def _try(family, backend, call):
     """("runs" where the sample call really did, else the sentence why not, torch op → the backend that ran it)."""
-    rows = [row.name for row in dispatch.TABLE.values() if row.family == family]
-    name = next((name for name in rows if backend in dispatch.TABLE[name].kernels), rows[0])
-    if (reason := dispatch.why_not(name, backend)) is not None:
+    from fastlm.dispatch import why_not
+    from fastlm.forcing import use
+    from fastlm.table import TABLE
+
+    rows = [row.name for row in TABLE.values() if row.family == family]
+    name = next((name for name in rows if backend in TABLE[name].kernels), rows[0])
+    if (reason := why_not(name, backend)) is not None:
         return reason, {}
-    with dispatch.use(**{family: backend}):
-        told, ran = _called(dispatch, call)
+    with use(**{family: backend}):
+        told, ran = _called(call)
     if told == "runs" and backend not in ran.values():
         told = f"{backend} has none of the ops that ran: " + ", ".join(f"{op} on {name}" for op, name in ran.items())
     return told, ran if told == "runs" else {}
 
 
-def _called(dispatch, call):
+def _called(call):
     """("runs" or what was raised, torch op → the backend that ran it)."""
-    with dispatch.record() as calls:
+    from fastlm.dispatch import record
+    from fastlm.refusal import Refused, failure
+
+    with record() as calls:
         try:
             if not all(bool(x.isfinite().all()) for x in call()):  # on a GPU it waits: what a kernel raises comes late
                 raise RuntimeError("the results hold NaN or infinity")
-        except dispatch.Refused as error:
+        except Refused as error:
             return str(error), dict(calls.keys())
         except Exception as error:
             told = str(error)
-            return told if told == _isa()[1] else FAILED + dispatch.failure(error), dict(calls.keys())
+            return told if told == _isa()[1] else FAILED + failure(error), dict(calls.keys())
     return "runs", dict(calls.keys())
 
 

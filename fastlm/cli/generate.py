@@ -27,9 +27,9 @@ def generate(
     """Continue a prompt, standard input, or every line of a file."""
     import torch
 
-    from fastlm import dispatch
     from fastlm.cli.device import device_of
     from fastlm.data.tokenizer import Tokenizer
+    from fastlm.forcing import forced
     from fastlm.generation.sampling import check_sampling
     from fastlm.gpt2 import GPT2
     from fastlm.pretrained import find
@@ -37,7 +37,7 @@ def generate(
     if dtype not in ("fp32", "bf16"):
         raise ValueError(f"--dtype is {dtype!r}, wanted fp32 or bf16")
     device = device_of(device)
-    dispatch.forced("decode_attention")  # a backend of FASTLM_BACKEND that this machine lacks says so now
+    forced("decode_attention")  # a backend of FASTLM_BACKEND that this machine lacks says so now
     check_sampling(temperature, top_k, top_p, seed)  # before the seconds that a large model takes to load
     prompts = _read(prompt, file)
     one = len(prompts) == 1 and num_return_sequences == 1

@@ -12,9 +12,10 @@ import weakref
 import torch
 import torch.nn.functional as F
 
-from fastlm import dispatch
+from fastlm import fast_path
 from fastlm.backends import native
-from fastlm.gpt2 import GPT2
+from fastlm.backends.machine import machine_why_not
+from fastlm.forcing import forced
 from fastlm.quantised import GROUP, head_kind, quantise
 
 HUGE = 2**21  # bytes of a huge page
@@ -31,15 +32,13 @@ def why_not(model):
     """None where the engine can run a model, else a sentence."""
     if model.device.type != "cpu":
         return f"the engine runs on the CPU, the model is on {model.device}"
-    if (reason := dispatch.machine_why_not("cpu")) is not None:
+    if (reason := machine_why_not("cpu")) is not None:
         return reason
-    if (forced := dispatch.forced("decode_attention")) is not None:
-        return f"the backend {forced} is forced: the model's own ops run"
+    if (backend := forced("decode_attention")) is not None:
+        return f"the backend {backend} is forced: the model's own ops run"
     if model.dtype not in KINDS or any(p.dtype != model.dtype for p in model.parameters()):
         return f"the engine takes float32 and bfloat16, the model is {model.dtype}"
-    if type(model) is not GPT2 or any(module._forward_hooks or module._forward_pre_hooks for module in model.modules()):
-        return "the model is not plain: a class of its own, or hooks that the engine would not call"
-    return None
+    return fast_path.why_not(model)
 
 
 def cache_dtype(model):

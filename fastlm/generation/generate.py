@@ -7,7 +7,7 @@ from numbers import Integral
 import torch
 import torch.nn.functional as F
 
-from fastlm import dispatch
+from fastlm.forcing import forced
 from fastlm.generation.cache import KVCache
 from fastlm.generation.engine import Engine, cache_dtype, why_not
 from fastlm.generation.sampling import Sampler, check_sampling, uniforms
@@ -58,7 +58,7 @@ def stream_tokens(
     stop = model.config.eos_token_id if stop_at is END else stop_at
     if stop is not None and not (isinstance(stop, Integral) and 0 <= stop < V):
         raise ValueError(f"stop_at is {stop!r}, wanted a token id below vocab_size {V}, or None to go on")
-    dispatch.forced("decode_attention")  # a backend of FASTLM_BACKEND that this machine lacks says so now
+    forced("decode_attention")  # a backend of FASTLM_BACKEND that this machine lacks says so now
     seed = int(torch.randint(2**62, ())) if seed is None else int(seed)
     sampler = Sampler(vocab_size, temperature, top_k, top_p)
     return _run(model, prompts, room, n, sampler, seed, stop)

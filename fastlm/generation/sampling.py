@@ -10,9 +10,10 @@ from numbers import Integral, Real
 
 import torch
 
-from fastlm import dispatch
 from fastlm.backends import native
+from fastlm.backends.machine import machine_why_not
 from fastlm.backends.philox import philox
+from fastlm.forcing import forced
 
 BAD = -2  # in place of a token
 
@@ -29,8 +30,8 @@ class Sampler:
     def __call__(self, logits, uniform):
         """`choose` of logits (B, V); on a CPU the native kernel, where it was built."""
         logits = logits[:, : self.choices]
-        native_here = logits.device.type == "cpu" and dispatch.machine_why_not("cpu") is None
-        if not native_here or dispatch.forced("decode_attention") is not None:
+        native_here = logits.device.type == "cpu" and machine_why_not("cpu") is None
+        if not native_here or forced("decode_attention") is not None:
             return choose(logits, self.temperature, self.top_k, self.top_p, uniform)
         return native.cpu.draw(logits.float(), uniform, **self.fields)
 

@@ -15,10 +15,13 @@ from dataclasses import asdict, dataclass, field
 import torch
 
 from fastlm import dispatch, ops
-from fastlm.backends.machine import BACKENDS
+from fastlm.backends.machine import BACKENDS, devices, machine_why_not
+from fastlm.forcing import use
 from fastlm.generation import KVCache
 from fastlm.gpt2 import GPT2, GPT2Config
 from fastlm.measure.numerics import DTYPES, compare, norm_ratio
+from fastlm.refusal import Refused, failure
+from fastlm.table import backends_of
 
 
 @dataclass(frozen=True)
@@ -53,13 +56,13 @@ def certify(*, model=None, device="cpu", backends=None, seed=0, say=lambda what:
     """Yields a Line for every quantity; `model`: a GPT2 to check in place of a small random one and the single ops.
 
     Each of `backends` (unless given, all that run on tensors of `device`) is forced in turn, in every dtype that it
-    takes. say(what) tells progress. Raises ValueError for an unknown backend, `dispatch.Refused` for one that this
+    takes. say(what) tells progress. Raises ValueError for an unknown backend, `Refused` for one that this
     machine cannot run; what a kernel raises becomes a line.
     """
-    names = [name for name in BACKENDS if name != "reference" and dispatch.machine_why_not(name) is None
-             and device in dispatch.devices(name)]
+    names = [name for name in BACKENDS if name != "reference" and machine_why_not(name) is None
+             and device in devices(name)]
     for name in backends or ():
-        with dispatch.use(name):  # raises where it cannot run, before anything is computed
+        with use(name):  # raises where it cannot run, before anything is computed
             pass
     names = names if not backends else list(dict.fromkeys(backends))
     whole = _random_model(seed).to(device) if model is None else model
@@ -108,10 +111,10 @@ def _raised(path, what, backend, dtype, error, calls=None, *, failed=None):
     """The line of what raised: a refusal where dispatch did, else a failure, unless `failed` says."""
     ran = _ran(calls or {}, backward=True)
     if failed is None:
-        failed = not isinstance(error, dispatch.Refused)
+        failed = not isinstance(error, Refused)
     if failed:
-        return Line(path, what, backend, dtype, math.inf, f"failed: {dispatch.failure(error)}", "failed", ran)
-    told = str(error) if isinstance(error, dispatch.Refused) else dispatch.failure(error)
+        return Line(path, what, backend, dtype, math.inf, f"failed: {failure(error)}", "failed", ran)
+    told = str(error) if isinstance(error, Refused) else failure(error)
     return Line(path, what, backend, dtype, 0.0, f"refused: {told}", "refused", ran)
 
 
@@ -222,12 +225,12 @@ def _op_lines(family, case, names, dtype, device, seed):
         def random(*shape):  # rounded to the dtype under test: all compute on the same numbers
             return torch.randn(shape, generator=generator, dtype=torch.float64).to(DTYPES[dtype])
 
-        with dispatch.use(**{family: name}):
+        with use(**{family: name}):
             return case(random, lambda x: x.to(device, computed))
 
     truth, composed = run("reference", torch.float64), run("reference", DTYPES[dtype])
     for name in names:
-        if name not in dispatch.backends_of(family):
+        if name not in backends_of(family):
             continue
         lines = []
         with dispatch.record() as calls:
@@ -316,14 +319,14 @@ def _model_lines(model, names, dtype, seed, say):
     tokens, targets = _batch(model, seed)
     ours = copy.deepcopy(model).to(DTYPES[dtype])
     say(f"a model in {dtype}: the truth in fp64")
-    with dispatch.use("reference"):
+    with use("reference"):
         truth, _ = _step(copy.deepcopy(ours).double(), tokens, targets)
         composed, _ = _step(ours, tokens, targets)
     for name in names:
         say(f"a model in {dtype} on {name}")
         with dispatch.record() as calls:
             try:
-                with dispatch.use(name):
+                with use(name):
                     got, ran = _step(ours, tokens, targets, calls)
                 lines = list(_quantities(got, composed, truth, ran, name, dtype))
             except Exception as error:
@@ -371,7 +374,7 @@ def _transformers_lines(model, names, seed, say):
     for name in names:
         with dispatch.record() as calls:
             try:
-                with dispatch.use(name), torch.no_grad():
+                with use(name), torch.no_grad():
                     logits, loss = ours(tokens, targets)
                 ratios = {what: _against(value, eager[what], sdpa[what])
                           for what, value in {"logits": logits, "loss": loss[None]}.items()}

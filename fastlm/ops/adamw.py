@@ -4,13 +4,9 @@ import torch
 
 from fastlm.dispatch import define
 from fastlm.ops.checks import check, check_dtype
+from fastlm.table import homes
 
-KERNELS = {
-    "triton": "fastlm.kernels.adamw",
-    "cpu": "fastlm.backends.native:cpu",
-    "torch": "fastlm.backends.vendor",
-    "reference": "fastlm.backends.reference",
-}
+KERNELS = homes("adamw", "triton", "cpu", "torch", "reference")
 ORDER = {"cpu": ("cpu", "torch", "reference"), "cuda": ("triton", "torch", "reference")}
 
 

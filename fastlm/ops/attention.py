@@ -4,14 +4,10 @@ import torch
 
 from fastlm.dispatch import define
 from fastlm.ops.checks import check, check_dtype, inner_contiguous, refuse_double_backward
+from fastlm.table import homes
 
-BACKWARD = {
-    "triton": "fastlm.kernels.attention",
-    "cpu": "fastlm.backends.native:cpu",
-    "torch": "fastlm.backends.vendor",
-    "reference": "fastlm.backends.reference",
-}
-KERNELS = {"cuda": "fastlm.backends.native:cuda", **BACKWARD}  # `cuda` has the forward alone
+KERNELS = homes("attention", "cuda", "triton", "cpu", "torch", "reference")
+BACKWARD = homes("attention", "triton", "cpu", "torch", "reference")  # `cuda` has the forward alone
 ORDER = {"cpu": ("cpu", "torch", "reference"), "cuda": ("torch", "triton", "cuda", "reference")}
 SHORT = 2048  # tokens up to which Triton's backward was measured to be faster than cuDNN's
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -108,27 +104,16 @@ def _backward_order(do, *_):
     return ("triton", "torch", "reference") if ours else ("torch", "triton", "reference")
 
 
-def _key(q, k, v, causal, scale, dropout, seed):
-    return q.device, q.dtype, q.shape[-1], dropout > 0
+# Every variant's first argument, q, qkv or do, tells device, dtype, T and D; its last but one is dropout.
+def _key(x, *rest):
+    return x.device, x.dtype, x.shape[-1], rest[-2] > 0, x.shape[1] <= SHORT
 
 
-def _bwd_key(do, q, k, v, o, lse, causal, scale, dropout, seed):
-    return q.device, q.dtype, q.shape[-1], dropout > 0, q.shape[1] <= SHORT
-
-
-def _qkv_key(qkv, causal, scale, dropout, seed):
-    return qkv.device, qkv.dtype, qkv.shape[-1], dropout > 0
-
-
-def _qkv_bwd_key(do, qkv, o, lse, causal, scale, dropout, seed):
-    return qkv.device, qkv.dtype, qkv.shape[-1], dropout > 0, qkv.shape[1] <= SHORT
-
-
-def _limits(backend, q, *rest):
-    dropout, D = rest[-2], q.shape[-1]
-    if backend in LARGEST_D and q.dtype not in KERNEL_DTYPES:
-        return f"the {backend} kernel takes float32, bfloat16 or float16, got {q.dtype}"
-    if backend == "cuda" and q.dtype == torch.float32:
+def _limits(backend, x, *rest):
+    dropout, D = rest[-2], x.shape[-1]
+    if backend in LARGEST_D and x.dtype not in KERNEL_DTYPES:
+        return f"the {backend} kernel takes float32, bfloat16 or float16, got {x.dtype}"
+    if backend == "cuda" and x.dtype == torch.float32:
         return "the cuda kernel works on the tensor cores, in bfloat16 or float16, got torch.float32"
     if D > LARGEST_D.get(backend, D):
         return f"the {backend} kernel takes head dimensions up to {LARGEST_D[backend]}, got D={D}"
@@ -137,44 +122,24 @@ def _limits(backend, q, *rest):
     return None
 
 
-def _bwd_limits(backend, do, q, *rest):
-    return _limits(backend, q, *rest)
+def _fwd_fake(x, *_):
+    B, T, *_, H, D = x.shape  # of q, or of qkv
+    return x.new_empty((B, T, H, D)), x.new_empty((B, H, T), dtype=torch.promote_types(x.dtype, torch.float32))
 
 
-def _fwd_fake(q, k, v, causal, scale, dropout, seed):
-    B, T, H, D = q.shape
-    return q.new_empty(q.shape), q.new_empty((B, H, T), dtype=torch.promote_types(q.dtype, torch.float32))
+def _bwd_fake(do, *rest):
+    gradients = [x.new_empty(x.shape) for x in rest[:-6]]  # before o, lse and the options
+    return gradients[0] if len(gradients) == 1 else tuple(gradients)
 
 
-def _bwd_fake(do, q, k, v, o, lse, causal, scale, dropout, seed):
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
-
-
-def _qkv_fwd_fake(qkv, causal, scale, dropout, seed):
-    return _fwd_fake(*qkv.unbind(2), causal, scale, dropout, seed)
-
-
-def _qkv_bwd_fake(do, qkv, o, lse, causal, scale, dropout, seed):
-    return qkv.new_empty(qkv.shape)
-
-
-_FORWARD = {"family": "attention", "kernels": KERNELS, "order": ORDER}
-_BACKWARD = {"family": "attention", "kernels": BACKWARD, "order": {**ORDER, "cuda": _backward_order}}
 _OPTIONS = "int causal, float scale, float dropout, Tensor? seed"
-_fwd = define(
-    f"attention_fwd(Tensor q, Tensor k, Tensor v, {_OPTIONS}) -> (Tensor o, Tensor lse)",
-    **_FORWARD, key=_key, limits=_limits, fake=_fwd_fake,
-)
+_ROW = {"family": "attention", "key": _key, "limits": _limits}
+_FORWARD = {**_ROW, "kernels": KERNELS, "order": ORDER, "fake": _fwd_fake}
+_BACKWARD = {**_ROW, "kernels": BACKWARD, "order": {**ORDER, "cuda": _backward_order}, "fake": _bwd_fake}
+_fwd = define(f"attention_fwd(Tensor q, Tensor k, Tensor v, {_OPTIONS}) -> (Tensor o, Tensor lse)", **_FORWARD)
 _bwd = define(
     f"attention_bwd(Tensor do, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, {_OPTIONS})"
-    " -> (Tensor dq, Tensor dk, Tensor dv)",
-    **_BACKWARD, key=_bwd_key, limits=_bwd_limits, fake=_bwd_fake,
-)
-_qkv_fwd = define(
-    f"attention_qkv_fwd(Tensor qkv, {_OPTIONS}) -> (Tensor o, Tensor lse)",
-    **_FORWARD, key=_qkv_key, limits=_limits, fake=_qkv_fwd_fake,
-)
+    " -> (Tensor dq, Tensor dk, Tensor dv)", **_BACKWARD)
+_qkv_fwd = define(f"attention_qkv_fwd(Tensor qkv, {_OPTIONS}) -> (Tensor o, Tensor lse)", **_FORWARD)
 _qkv_bwd = define(
-    f"attention_qkv_bwd(Tensor do, Tensor qkv, Tensor o, Tensor lse, {_OPTIONS}) -> Tensor dqkv",
-    **_BACKWARD, key=_qkv_bwd_key, limits=_bwd_limits, fake=_qkv_bwd_fake,
-)
+    f"attention_qkv_bwd(Tensor do, Tensor qkv, Tensor o, Tensor lse, {_OPTIONS}) -> Tensor dqkv", **_BACKWARD)

@@ -4,14 +4,9 @@ import torch
 
 from fastlm.dispatch import define
 from fastlm.ops.checks import check, check_dtype, check_inner_contiguous, inner_contiguous
+from fastlm.table import homes
 
-KERNELS = {
-    "cuda": "fastlm.backends.native:cuda",
-    "triton": "fastlm.kernels.cache_append",
-    "cpu": "fastlm.backends.native:cpu",
-    "torch": "fastlm.backends.vendor",
-    "reference": "fastlm.backends.reference",
-}
+KERNELS = homes("cache_append", "cuda", "triton", "cpu", "torch", "reference")
 ORDER = {"cpu": ("cpu", "torch", "reference"), "cuda": ("cuda", "triton", "torch", "reference")}
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

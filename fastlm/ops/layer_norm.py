@@ -4,13 +4,9 @@ import torch
 
 from fastlm.dispatch import define
 from fastlm.ops.checks import check, check_dtype, inner_contiguous, refuse_double_backward
+from fastlm.table import homes
 
-KERNELS = {
-    "triton": "fastlm.kernels.layer_norm",
-    "cpu": "fastlm.backends.native:cpu",
-    "torch": "fastlm.backends.vendor",
-    "reference": "fastlm.backends.reference",
-}
+KERNELS = homes("layer_norm", "triton", "cpu", "torch", "reference")
 ORDER = {"cpu": ("cpu", "torch", "reference"), "cuda": ("triton", "torch", "reference")}
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LARGEST_C = 4096  # of the triton kernel, which holds a row in registers

@@ -4,14 +4,9 @@ import torch
 
 from fastlm.dispatch import define
 from fastlm.ops.checks import check, check_dtype, inner_contiguous, refuse_double_backward
+from fastlm.table import homes
 
-KERNELS = {
-    "cuda": "fastlm.backends.native:cuda",
-    "triton": "fastlm.kernels.softmax_xent",
-    "cpu": "fastlm.backends.native:cpu",
-    "torch": "fastlm.backends.vendor",
-    "reference": "fastlm.backends.reference",
-}
+KERNELS = homes("softmax_xent", "cuda", "triton", "cpu", "torch", "reference")
 ORDER = {"cpu": ("cpu", "torch", "reference"), "cuda": ("cuda", "triton", "torch", "reference")}
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
