@@ -12,8 +12,8 @@ import sys
 from pathlib import Path
 
 import fastlm
+from fastlm.dispatch.refusal import Refused, failure
 from fastlm.measure.roofs import Roofs
-from fastlm.refusal import Refused, failure
 
 from . import harness
 

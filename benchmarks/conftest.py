@@ -8,7 +8,7 @@ import functools
 import pytest
 import torch
 
-from fastlm.forcing import use
+from fastlm.dispatch.forcing import use
 
 from . import harness
 

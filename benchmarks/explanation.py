@@ -6,10 +6,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastlm import dispatch
-from fastlm.forcing import forced
+from fastlm.dispatch.forcing import forced
+from fastlm.dispatch.table import TABLE
 from fastlm.measure import tuned
 from fastlm.measure.numerics import DTYPES
-from fastlm.table import TABLE
 
 
 def explanation(cases):

@@ -31,13 +31,13 @@ import torch
 import fastlm.ops  # noqa: F401  fills the table
 from fastlm import dispatch
 from fastlm.backends.machine import devices, machine_why_not
-from fastlm.forcing import use
+from fastlm.dispatch.forcing import use
+from fastlm.dispatch.refusal import Refused, failure
+from fastlm.dispatch.table import TABLE, backends_of
 from fastlm.measure.clock import NOISY, Times, race, sets_beyond_cache
 from fastlm.measure.files import write_json
 from fastlm.measure.numerics import DTYPES, compare
 from fastlm.measure.roofs import device_name
-from fastlm.refusal import Refused, failure
-from fastlm.table import TABLE, backends_of
 
 OPS = ("softmax_xent", "attention", "decode_attention", "cache_append", "bias_gelu", "layer_norm", "linear_xent",
        "gpt2_blocks", "adamw", "grad_norm")

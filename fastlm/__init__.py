@@ -25,7 +25,7 @@ _HOMES = {
     "use": "fastlm.ops",
     "GPT2": "fastlm.gpt2",
     "GPT2Config": "fastlm.gpt2",
-    "Refused": "fastlm.refusal",
+    "Refused": "fastlm.dispatch.refusal",
     "Tokenizer": "fastlm.data.tokenizer",
     "generate": "fastlm.generation",
     "warmup": "fastlm.generation",

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from fastlm.backends.machine import machine_why_not
-from fastlm.forcing import forced
+from fastlm.dispatch.forcing import forced
 from fastlm.ops import gpt2_blocks
 
 AT_ONCE = 2**22  # weights of the blocks that one call of gpt2_blocks takes: their gradients exist together

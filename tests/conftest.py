@@ -36,7 +36,7 @@ import numerics  # noqa: E402
 import fastlm  # noqa: E402
 from fastlm import dispatch, ops  # noqa: E402, F401  ops fills the table
 from fastlm.backends import chunked, machine, native  # noqa: E402
-from fastlm.table import TABLE  # noqa: E402
+from fastlm.dispatch.table import TABLE  # noqa: E402
 
 DEVICE = "cuda" if GPU else "cpu"
 LAUNCHERS = [native]

@@ -89,11 +89,12 @@ SLICES = {
     "build": Slice("test_build.py::(?!test_a_wheel)", "CMakeLists.txt pyproject.toml tests/test_build.py", 50),
     "wheel": Slice("test_build.py::test_a_wheel", "CMakeLists.txt pyproject.toml csrc/bindings.cpp csrc/cpu/isa* "
                    "tests/test_build.py", 60),
-    "model": Slice("test_planted.py", "fastlm/*.py fastlm/backends/* fastlm/ops/* fastlm/generation/* tests/parity.py "
-                   "tests/test_planted.py", 10),
+    "model": Slice("test_planted.py", "fastlm/*.py fastlm/backends/* fastlm/dispatch/* fastlm/ops/* "
+                   "fastlm/generation/* tests/parity.py tests/test_planted.py", 10),
     "124M": Slice("test_parity.py", "fastlm/gpt2.py fastlm/fast_path.py fastlm/pretrained.py tests/parity.py "
                   "tests/test_parity.py", 50),
-    "package": layer(r"fastlm/(backends/)?\w+\.py", "fastlm/*.py fastlm/backends/* fastlm/cli/*",
+    "package": layer(r"fastlm/((backends|dispatch)/)?\w+\.py",
+                     "fastlm/*.py fastlm/backends/* fastlm/dispatch/* fastlm/cli/*",
                      "tests/test_dispatch.py tests/test_linear_xent.py tests/test_refusals.py", 20),
     "generation": layer("fastlm/generation/.*", "fastlm/generation/*", "tests/test_generation.py tests/test_engine.py",
                         5),

@@ -15,9 +15,9 @@ from fastlm.backends import native
 from fastlm.backends.machine import machine_why_not
 from fastlm.benchmarks import apart, bench_train, compare, harness, peers, programs
 from fastlm.cli import app
+from fastlm.dispatch.table import TABLE, forget
 from fastlm.measure import roofs as roofs_module
 from fastlm.measure.roofs import Roofs
-from fastlm.table import TABLE, forget
 
 ROOFS = Roofs(copy=20e9, read=25e9, products={"fp32": 100e9, "bf16": 200e9, "fp16": 1e9}, launch=1e-6, taken=0.0)
 SMALL = {"softmax_xent": "N=8,V=100", "attention": "B=1,T=16,H=2,D=16", "decode_attention": "B=2,S=70,H=2,D=16",

@@ -9,8 +9,8 @@ import torch
 
 import fastlm
 from fastlm import dispatch
-from fastlm.forcing import forced
-from fastlm.table import TABLE
+from fastlm.dispatch.forcing import forced
+from fastlm.dispatch.table import TABLE
 
 
 def run(code, **environment):
@@ -87,7 +87,7 @@ def test_environment_names_a_backend_that_cannot_run(backend):
     code = "import torch, fastlm; fastlm.softmax_xent(torch.zeros(2, 3), torch.tensor([0, 1]))"
     done = run(code, FASTLM_BACKEND=backend)
     assert done.returncode == 1
-    assert f"fastlm.refusal.Refused: FASTLM_BACKEND: backend '{backend}' cannot run here: " in done.stderr
+    assert f"fastlm.dispatch.refusal.Refused: FASTLM_BACKEND: backend '{backend}' cannot run here: " in done.stderr
     assert "GPU" in done.stderr or "CUDA" in done.stderr or "compiled kernels" in done.stderr
 
 

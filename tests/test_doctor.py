@@ -15,8 +15,8 @@ from fastlm.backends import machine
 from fastlm.cli import app
 from fastlm.cli import doctor as doctor_module
 from fastlm.cli.doctor import examine
+from fastlm.dispatch.table import TABLE
 from fastlm.measure import roofs
-from fastlm.table import TABLE
 
 SOME = roofs.Roofs(copy=20e9, read=25e9, products={"fp32": 1e11}, launch=1e-6, taken=0.0)
 ROOT = Path(__file__).parent.parent

@@ -12,10 +12,10 @@ import fastlm
 from fastlm import dispatch, fast_path
 from fastlm.backends.philox import philox
 from fastlm.data.tokenizer import Tokenizer
-from fastlm.forcing import forced
+from fastlm.dispatch.forcing import forced
+from fastlm.dispatch.table import TABLE, forget
 from fastlm.generation import KVCache, step, stream_tokens
 from fastlm.generation.sampling import BAD, choose, uniforms
-from fastlm.table import TABLE, forget
 
 LOOP = sys.modules["fastlm.generation.generate"]  # the package has a function of that name
 

@@ -12,7 +12,7 @@ from fastlm import dispatch
 from fastlm.benchmarks.gpu import command as gpu
 from fastlm.benchmarks.gpu import place as places
 from fastlm.benchmarks.gpu import proofs, steps
-from fastlm.table import TABLE
+from fastlm.dispatch.table import TABLE
 
 ROOT = Path(__file__).parent.parent
 GOOD = """print('@row {"what": "x", "us": 1}'); print('@row {"summary": "well"}'); print("a line")"""

@@ -11,7 +11,7 @@ import compiled
 import pytest
 
 from fastlm import ops
-from fastlm.table import TABLE
+from fastlm.dispatch.table import TABLE
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = sorted((ROOT / "fastlm").rglob("*.py"))
@@ -20,9 +20,9 @@ OPS = sorted(path.stem for path in (ROOT / "fastlm" / "ops").glob("*.py") if pat
 
 # From the ground up: a module imports from its own floor or a lower one. What is not named stands on its folder's.
 FLOORS = [
-    {"config", "kernels", "ops.checks", "backends", "measure", "refusal", "table"},
+    {"config", "kernels", "ops.checks", "backends", "measure", "dispatch.refusal", "dispatch.table"},
     {"backends.reference", "backends.native"}, {"backends.vendor"}, {"backends.chunked", "backends.composed"},
-    {"forcing"}, {"dispatch"}, {"ops"}, {"fast_path", "quantised", "data"},
+    {"dispatch.forcing"}, {"dispatch"}, {"ops"}, {"fast_path", "quantised", "data"},
     {"generation", "pretrained"},  # they take a model for what it does, and know no class of it
     {"gpt2"}, {"training"}, {"measure.certificate"}, {"benchmarks"}, {"cli"},
 ]

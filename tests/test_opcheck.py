@@ -8,8 +8,8 @@ import torch._dynamo.testing
 from conftest import DEVICE
 
 import fastlm
+from fastlm.dispatch.table import TABLE
 from fastlm.ops import BLOCK_WEIGHTS
-from fastlm.table import TABLE
 
 torch.manual_seed(0)
 

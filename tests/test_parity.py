@@ -11,7 +11,7 @@ from conftest import GPU
 
 import fastlm
 from fastlm import dispatch
-from fastlm.table import TABLE
+from fastlm.dispatch.table import TABLE
 
 pytest.importorskip("transformers", reason="transformers is not installed to compare with")
 import parity

@@ -15,12 +15,12 @@ from fastlm.backends import machine, native, reference, vendor
 from fastlm.benchmarks import apart, bench_train, harness
 from fastlm.cli import app
 from fastlm.cli import doctor as doctor_module
+from fastlm.dispatch.refusal import failure
+from fastlm.dispatch.table import TABLE, forget
 from fastlm.measure import certificate, tuned
 from fastlm.measure import roofs as roofs_module
 from fastlm.measure.certificate import Line, certify, unmeasured
 from fastlm.measure.roofs import Roofs
-from fastlm.refusal import failure
-from fastlm.table import TABLE, forget
 
 ROOFS = Roofs(copy=20e9, read=25e9, products={"fp32": 100e9, "bf16": 200e9, "fp16": 1e9}, launch=1e-6, taken=0.0)
 

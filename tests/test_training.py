@@ -9,6 +9,7 @@ from runs import Notes, config, weights
 import fastlm
 from fastlm import dispatch
 from fastlm.backends import machine
+from fastlm.dispatch.table import TABLE
 from fastlm.training import checkpoint
 from fastlm.training import step as step_module
 from fastlm.training.bigram import bigram_loss
@@ -85,7 +86,7 @@ def test_bf16_and_compiled_runs(text, tmp_path, monkeypatch):
 def test_a_backend_that_leaves_the_backward_to_another(text, tmp_path, monkeypatch):
     """What runs it is told, and holds for the run that is resumed, whatever would be chosen then."""
     monkeypatch.setitem(machine.BACKENDS, "half", (("cpu",), lambda: None))
-    monkeypatch.setitem(dispatch.TABLE["attention_qkv_fwd"].kernels, "half", "fastlm.backends.reference")
+    monkeypatch.setitem(TABLE["attention_qkv_fwd"].kernels, "half", "fastlm.backends.reference")
     given, notes = config(text, tmp_path / "run", dropout=0.0, steps=4), Notes()
     with fastlm.use(attention="half", attention_qkv_bwd="reference"):
         trainer = Trainer(given, listeners=[notes])
@@ -106,12 +107,12 @@ def test_a_backend_that_leaves_the_backward_to_another(text, tmp_path, monkeypat
 def test_a_backend_that_is_forced_has_the_op(text, tmp_path, monkeypatch):
     """The forward is the forced one's although what ran last, the backward, is another's."""
     monkeypatch.setitem(machine.BACKENDS, "half", (("cpu",), lambda: None))
-    monkeypatch.setitem(dispatch.TABLE["attention_qkv_fwd"].kernels, "half", "fastlm.backends.reference")
+    monkeypatch.setitem(TABLE["attention_qkv_fwd"].kernels, "half", "fastlm.backends.reference")
     with fastlm.use(attention="half"):
         trainer = Trainer(config(text, tmp_path / "run", dropout=0.0))
     assert trainer.state.backends["attention"] == "half" and trainer.state.backends["attention_qkv_bwd"] != "half"
     assert set(Trainer(config(text, tmp_path / "other", dropout=0.0)).state.backends) <= {
-        row.family for row in dispatch.TABLE.values()}
+        row.family for row in TABLE.values()}
 
 
 def test_an_existing_run_is_not_overwritten(tmp_path, text):

@@ -10,9 +10,9 @@ import fastlm
 from fastlm import dispatch
 from fastlm.benchmarks import harness
 from fastlm.cli import app
+from fastlm.dispatch.table import forget
 from fastlm.measure import roofs, tuned
 from fastlm.measure.roofs import Roofs
-from fastlm.table import forget
 
 
 @pytest.fixture(autouse=True)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from fastlm.forcing import use
+from fastlm.dispatch.forcing import use
 from fastlm.generation import stream_tokens
 from fastlm.measure.clock import Times, race
 from fastlm.measure.files import cache_folder

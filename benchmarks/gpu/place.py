@@ -15,8 +15,8 @@ import torch
 
 import fastlm
 from fastlm.backends.machine import BACKENDS, devices, machine_why_not
-from fastlm.refusal import Refused
-from fastlm.table import backends_of
+from fastlm.dispatch.refusal import Refused
+from fastlm.dispatch.table import backends_of
 
 from .. import harness
 from ..programs import MODEL

@@ -15,11 +15,11 @@ import torch
 
 from fastlm import dispatch, ops
 from fastlm.backends.machine import machine_why_not
-from fastlm.forcing import use
+from fastlm.dispatch.forcing import use
+from fastlm.dispatch.refusal import Refused
+from fastlm.dispatch.table import TABLE, backends_of
 from fastlm.measure.certificate import CASES
 from fastlm.measure.numerics import DTYPES, compare
-from fastlm.refusal import Refused
-from fastlm.table import TABLE, backends_of
 from fastlm.training.config import TrainConfig
 from fastlm.training.optimizer import AdamW
 from fastlm.training.step import autocast

@@ -21,7 +21,7 @@ def failing(what):
     """Ends the command with one line and exit code 1 where a kernel of ours raises within; a refusal goes on up."""
     from rich.console import Console
 
-    from fastlm.refusal import Refused, failure
+    from fastlm.dispatch.refusal import Refused, failure
 
     try:
         yield

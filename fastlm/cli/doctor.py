@@ -151,8 +151,8 @@ def _ops(device):
 def _try(family, backend, call):
     """("runs" where the sample call really did, else the sentence why not, torch op → the backend that ran it)."""
     from fastlm.dispatch import why_not
-    from fastlm.forcing import use
-    from fastlm.table import TABLE
+    from fastlm.dispatch.forcing import use
+    from fastlm.dispatch.table import TABLE
 
     rows = [row.name for row in TABLE.values() if row.family == family]
     name = next((name for name in rows if backend in TABLE[name].kernels), rows[0])
@@ -168,7 +168,7 @@ def _try(family, backend, call):
 def _called(call):
     """("runs" or what was raised, torch op → the backend that ran it)."""
     from fastlm.dispatch import record
-    from fastlm.refusal import Refused, failure
+    from fastlm.dispatch.refusal import Refused, failure
 
     with record() as calls:
         try:

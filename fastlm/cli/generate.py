@@ -29,7 +29,7 @@ def generate(
 
     from fastlm.cli.device import device_of
     from fastlm.data.tokenizer import Tokenizer
-    from fastlm.forcing import forced
+    from fastlm.dispatch.forcing import forced
     from fastlm.generation.sampling import check_sampling
     from fastlm.gpt2 import GPT2
     from fastlm.pretrained import find

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from fastlm import fast_path
 from fastlm.backends import native
 from fastlm.backends.machine import machine_why_not
-from fastlm.forcing import forced
+from fastlm.dispatch.forcing import forced
 from fastlm.quantised import GROUP, head_kind, quantise
 
 HUGE = 2**21  # bytes of a huge page

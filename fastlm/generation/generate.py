@@ -7,7 +7,7 @@ from numbers import Integral
 import torch
 import torch.nn.functional as F
 
-from fastlm.forcing import forced
+from fastlm.dispatch.forcing import forced
 from fastlm.generation.cache import KVCache
 from fastlm.generation.engine import Engine, cache_dtype, why_not
 from fastlm.generation.sampling import Sampler, check_sampling, uniforms

@@ -13,7 +13,7 @@ import torch
 from fastlm.backends import native
 from fastlm.backends.machine import machine_why_not
 from fastlm.backends.philox import philox
-from fastlm.forcing import forced
+from fastlm.dispatch.forcing import forced
 
 BAD = -2  # in place of a token
 

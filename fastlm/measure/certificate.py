@@ -16,12 +16,12 @@ import torch
 
 from fastlm import dispatch, ops
 from fastlm.backends.machine import BACKENDS, devices, machine_why_not
-from fastlm.forcing import use
+from fastlm.dispatch.forcing import use
+from fastlm.dispatch.refusal import Refused, failure
+from fastlm.dispatch.table import backends_of
 from fastlm.generation import KVCache
 from fastlm.gpt2 import GPT2, GPT2Config
 from fastlm.measure.numerics import DTYPES, compare, norm_ratio
-from fastlm.refusal import Refused, failure
-from fastlm.table import backends_of
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """The public ops: each checks its arguments once, knows its gradient, and makes one call."""
 
-from fastlm.forcing import use  # from here, so that the table is full when a backend is chosen
+from fastlm.dispatch.forcing import use  # from here, so that the table is full when a backend is chosen
 from fastlm.ops.adamw import adamw_
 from fastlm.ops.attention import attention, attention_qkv
 from fastlm.ops.bias_gelu import bias_gelu

@@ -3,8 +3,8 @@
 import torch
 
 from fastlm.dispatch import define
+from fastlm.dispatch.table import homes
 from fastlm.ops.checks import check, check_dtype
-from fastlm.table import homes
 
 KERNELS = homes("adamw", "triton", "cpu", "torch", "reference")
 ORDER = {"cpu": ("cpu", "torch", "reference"), "cuda": ("triton", "torch", "reference")}

@@ -3,8 +3,8 @@
 import torch
 
 from fastlm.dispatch import define
+from fastlm.dispatch.table import homes
 from fastlm.ops.checks import check, check_dtype, inner_contiguous, refuse_double_backward
-from fastlm.table import homes
 
 KERNELS = homes("attention", "cuda", "triton", "cpu", "torch", "reference")
 BACKWARD = homes("attention", "triton", "cpu", "torch", "reference")  # `cuda` has the forward alone

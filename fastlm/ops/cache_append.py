@@ -3,8 +3,8 @@
 import torch
 
 from fastlm.dispatch import define
+from fastlm.dispatch.table import homes
 from fastlm.ops.checks import check, check_dtype, check_inner_contiguous, inner_contiguous
-from fastlm.table import homes
 
 KERNELS = homes("cache_append", "cuda", "triton", "cpu", "torch", "reference")
 ORDER = {"cpu": ("cpu", "torch", "reference"), "cuda": ("cuda", "triton", "torch", "reference")}

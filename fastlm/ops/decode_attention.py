@@ -3,8 +3,8 @@
 import torch
 
 from fastlm.dispatch import define
+from fastlm.dispatch.table import homes
 from fastlm.ops.checks import check, check_dtype, check_inner_contiguous, inner_contiguous
-from fastlm.table import homes
 
 KERNELS = homes("decode_attention", "cuda", "triton", "cpu", "torch", "reference")
 ORDER = {"cpu": ("cpu", "torch", "reference"), "cuda": ("triton", "cuda", "torch", "reference")}

@@ -3,8 +3,8 @@
 import torch
 
 from fastlm.dispatch import define
+from fastlm.dispatch.table import homes
 from fastlm.ops.checks import check, check_dtype, inner_contiguous, refuse_double_backward
-from fastlm.table import homes
 
 KERNELS = homes("softmax_xent", "cuda", "triton", "cpu", "torch", "reference")
 ORDER = {"cpu": ("cpu", "torch", "reference"), "cuda": ("cuda", "triton", "torch", "reference")}

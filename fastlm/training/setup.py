@@ -8,6 +8,7 @@ import torch
 from fastlm import dispatch
 from fastlm.config import GPT2Config
 from fastlm.data.prepare import MANIFEST, load_manifest, prepare
+from fastlm.dispatch.table import TABLE
 from fastlm.gpt2 import GPT2
 from fastlm.ops import adamw_
 from fastlm.training.step import autocast
@@ -80,6 +81,6 @@ def find_backends(model, optimizer, dtype):
     torch.set_rng_state(state)
     backends = {}
     for op, backend in calls:
-        if backends.setdefault(dispatch.TABLE[op].family, backend) != backend:
+        if backends.setdefault(TABLE[op].family, backend) != backend:
             backends[op] = backend
     return backends

@@ -15,11 +15,12 @@ from pathlib import Path
 
 import torch
 
-from fastlm import dispatch
 from fastlm.backends import native
 from fastlm.data.loader import Loader
 from fastlm.data.shards import read_split
 from fastlm.data.tokenizer import Tokenizer
+from fastlm.dispatch.forcing import use
+from fastlm.dispatch.table import TABLE
 from fastlm.training import checkpoint
 from fastlm.training.config import TrainConfig
 from fastlm.training.listener import tell
@@ -89,9 +90,9 @@ class Trainer:
         if self.device.type == "cpu":
             native.keep_heap()
         for op, backend in state.backends.items():
-            if op in dispatch.TABLE and (family := dispatch.TABLE[op].family) != op:
+            if op in TABLE and (family := TABLE[op].family) != op:
                 self.tell("say", f"{family} runs on {state.backends[family]}, but {op} on {backend}")
-        with dispatch.use(**state.backends), self._signals():
+        with use(**state.backends), self._signals():
             if state.step == 0:
                 self._tell_row(self._first_loss(), self.evaluate(), None, None)
             self.tell("started", self)

@@ -13,10 +13,10 @@ from contextlib import contextmanager
 import torch
 
 from fastlm.backends.machine import devices, machine_why_not
-from fastlm.forcing import forced, use  # noqa: F401  the trainer says dispatch.use
+from fastlm.dispatch.forcing import forced
+from fastlm.dispatch.refusal import Refused
+from fastlm.dispatch.table import TABLE, Row, forget
 from fastlm.measure import tuned
-from fastlm.refusal import Refused
-from fastlm.table import TABLE, Row, forget
 
 _library = torch.library.Library("fastlm", "DEF")
 _calls: Counter | None = None  # (op, backend) → calls, while `record` is on

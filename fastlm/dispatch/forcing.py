@@ -4,8 +4,8 @@ import functools
 import os
 
 from fastlm.backends.machine import BACKENDS, machine_why_not
-from fastlm.refusal import Refused
-from fastlm.table import TABLE, backends_of, forget
+from fastlm.dispatch.refusal import Refused
+from fastlm.dispatch.table import TABLE, backends_of, forget
 
 _forced: dict[str, str] = {}  # family or torch op → backend; "*" stands for every family that has it
 
