@@ -67,7 +67,7 @@ def _behind(row, chosen, backend, args):
     if forced(row.family) == chosen:
         return "another is forced"
     tensor = next(arg for arg in args if isinstance(arg, torch.Tensor) and arg.is_floating_point())
-    for tuned_row in tuned.tables(tensor.device):
+    for tuned_row in (row for row in tuned.tables(tensor.device) if "order" in row):
         us = tuned_row["us"]
         same = (tuned_row["op"], DTYPES[tuned_row["dtype"]]) == (row.family, tensor.dtype)
         if same and {chosen, backend} <= us.keys():

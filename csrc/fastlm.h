@@ -74,6 +74,7 @@ struct Gpt2BlocksFwd {
   const float* x;                  // in  (N, C)
   const int64_t* weights;          // in  (L, 12) addresses
   int64_t L, B, T, H, D, F;
+  int64_t cut_rows;                // how products are cut, which changes no bit: so many kGpt2BlockRows together
   float epsilon;
 };
 
@@ -85,6 +86,7 @@ struct Gpt2BlocksBwd {
   const float *between, *h1, *qkv, *o, *lse, *s, *h2, *slope, *g, *statistics;  // in  as forward left them
   const int64_t* weights;          // in  (L, 12) addresses
   int64_t L, B, T, H, D, F;
+  int64_t cut_rows, cut_columns;   // as forward; of a block of a matrix's gradient so many columns at most
 };
 
 // Rows whose contributions to a sum over all rows are added before others are.
@@ -299,7 +301,7 @@ struct Gpt2Step {
   double temperature, top_p;
   int64_t stride_p, stride_s, stride_h;  // of k_pages and v_pages: a page, a position, a head
   int64_t B, T, L, H, D, V, inner, page, max_pages, every;
-  int64_t cut_panels, cut_bytes;  // how products are cut: csrc/cpu/products/cut.h
+  int64_t cut_panels, cut_bytes;  // how products are cut, which changes no bit: csrc/cpu/products/cut.h
   float epsilon;
   Weights weights, head_weights;
   DType page_dtype, dtype;

@@ -13,6 +13,7 @@ import fastlm
 from fastlm.backends.machine import machine_why_not
 from fastlm.generation import KVCache, engine, sampling, step
 from fastlm.gpt2 import MLP, Conv1D
+from fastlm.measure import cuts, tuned
 from fastlm.measure.numerics import norm_ratio
 from fastlm.quantised import dequantise, quantise, quantise_
 
@@ -361,3 +362,21 @@ def test_lower_instruction_sets(isa):
     if "which was not built" in done.stdout + done.stderr and os.environ.get("FASTLM_TARGETS") != "all":
         pytest.skip(f"{isa} was not built: FASTLM_TARGETS=all pip install -e . builds it")
     assert done.returncode == 0, done.stdout[-3000:]
+
+
+@pytest.mark.parametrize("kind", cuts.DTYPES["gpt2_step"])
+def test_the_same_bits_however_products_are_cut(kind):
+    torch.manual_seed(0)
+    config = fastlm.GPT2Config(vocab_size=300, n_positions=256, n_embd=256, n_layer=1, n_head=4)
+    model = fastlm.GPT2(config).eval()
+    model = quantise_(model, kind) if kind in ("int8", "int4") else model.bfloat16() if kind == "bf16" else model
+    found = []
+    for cut in cuts.every("gpt2_step"):
+        with tuned.trying("gpt2_step", cut):
+            found.append([])
+            for B, T in ((1, 1), (3, 1), (5, 50), (1, 250)):
+                cache = KVCache(config, B, T, device="cpu", dtype=engine.cache_dtype(model))
+                found[-1].append(engine.Engine(model, cache).every(torch.arange(B * T).view(B, T) % 300).clone())
+    assert len(found) == 12
+    for logits in found[1:]:
+        assert all(torch.equal(*pair) for pair in zip(logits, found[0]))

@@ -10,6 +10,7 @@ from guard import guarded
 import fastlm
 from fastlm import dispatch
 from fastlm.backends.machine import machine_why_not
+from fastlm.measure import cuts, tuned
 from fastlm.ops import BLOCK_WEIGHTS
 
 FAMILY = "gpt2_blocks"
@@ -171,6 +172,17 @@ def model_of(**changes):
 needs_kernels = pytest.mark.skipif(
     DEVICE != "cpu" or machine_why_not("cpu") is not None, reason="needs the CPU kernels, and a CPU to run on"
 )
+
+@needs_kernels
+def test_the_same_bits_however_products_are_cut():
+    x, weights, dy = torch.randn(2, 90, 96), weights_of(96, 1100, L=2), torch.randn(2, 90, 96)
+    found = []
+    for cut in cuts.every("gpt2_blocks"):
+        with tuned.trying("gpt2_blocks", cut), fastlm.use(gpt2_blocks="cpu"):
+            found.append(results(lambda x, w: fastlm.gpt2_blocks(x, w, heads=3), x, weights, dy))
+    assert len(found) == 12
+    for other in found[1:]:
+        assert all(torch.equal(other[name], tensor) for name, tensor in found[0].items())
 
 
 def calls(model, train=True, **forced):

@@ -11,7 +11,7 @@ from fastlm import dispatch
 from fastlm.benchmarks import harness
 from fastlm.cli import app
 from fastlm.dispatch.table import forget
-from fastlm.measure import roofs, tuned
+from fastlm.measure import cuts, roofs, tuned
 from fastlm.measure.roofs import Roofs
 
 
@@ -51,6 +51,20 @@ def test_dispatch_takes_the_fastest_that_was_measured():
     assert ran() == "reference"
 
 
+def test_products_are_cut_as_was_measured():
+    usual = {"cut_rows": 3, "cut_columns": 512}
+    assert tuned.cut("gpt2_blocks", "fp32") == usual
+    row = {"op": "gpt2_blocks", "dtype": "fp32", "cut": {"rows": 1, "columns": 256}, "us": {}}
+    tuned.save("cpu", {}, [table("torch", op="gpt2_blocks"), row])
+    assert tuned.cut("gpt2_blocks", "fp32") == {"cut_rows": 1, "cut_columns": 256}
+    assert tuned.order("gpt2_blocks", torch.float32, torch.device("cpu")) == ("torch",)
+    with tuned.trying("gpt2_blocks", {"rows": 4, "columns": 1024}):
+        assert tuned.cut("gpt2_blocks", "fp32") == {"cut_rows": 4, "cut_columns": 1024}
+    tuned.save("cpu", {}, [row | {"cut": {"rows": 0, "columns": 256}}])  # what was never tested is not taken
+    with pytest.warns(UserWarning, match="its cut is no candidate"):
+        assert tuned.cut("gpt2_blocks", "fp32") == usual
+
+
 @pytest.mark.parametrize("rows", ['', '[]', '{}', '{"rows": [{"op": "x"}]}', '{"rows": [{"op": "x", "dtype": "i4"}]}'])
 def test_a_damaged_table_is_told_and_ignored(rows):
     usual = ran()
@@ -82,10 +96,14 @@ def test_tune_measures_a_models_shapes(tmp_path):
     assert done.exit_code == 0, done.output + str(done.exception)
     (path,) = (tmp_path / "tuned").iterdir()
     found = json.loads(path.read_text())
-    assert {row["op"] for row in found["rows"]} == set(harness.OPS)
-    assert found["head"]["torch"] and all(row["order"] for row in found["rows"])
-    assert {"B": 1, "T": 16, "H": 2, "D": 12} in next(r for r in found["rows"] if r["op"] == "attention")["shapes"]
-    assert ran() == next(row for row in found["rows"] if row["op"] == "softmax_xent")["order"][0]
+    orders, cut = ([row for row in found["rows"] if ("cut" in row) == are] for are in (False, True))
+    assert {row["op"] for row in orders} == set(harness.OPS)
+    assert found["head"]["torch"] and all(row["order"] for row in orders)
+    if dispatch.machine_why_not("cpu") is None:
+        assert [(row["op"], row["dtype"]) for row in cut] == [("gpt2_step", "fp32"), ("gpt2_blocks", "fp32")]
+        assert all(row["cut"] in cuts.every(row["op"]) and len(row["us"]) == len(cuts.every(row["op"])) for row in cut)
+    assert {"B": 1, "T": 16, "H": 2, "D": 12} in next(r for r in orders if r["op"] == "attention")["shapes"]
+    assert ran() == next(row for row in orders if row["op"] == "softmax_xent")["order"][0]
     for wrong, told in ((["--context", "17"], "n_positions 16"), (["--batch", "-1"], "--batch is -1")):
         done = CliRunner().invoke(app, [*arguments, *wrong])
         assert isinstance(done.exception, ValueError) and told in str(done.exception)

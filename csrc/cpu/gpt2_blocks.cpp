@@ -20,7 +20,6 @@ namespace fastlm::cpu::FASTLM_ISA {
 namespace {
 
 constexpr int64_t kRows = kGpt2BlockRows;  // whose contributions to a norm's gradients are added before others are
-constexpr int64_t kMost = 3;               // as many kRows go through a product together
 
 // A matrix (from, to) with its bias.
 struct Linear {
@@ -93,9 +92,9 @@ class Packed {
     block<false>(products_[i], panels(i), m0, rows, 0, products_[i].N);
   }
 
-  // All products whose a lies in columns, by all threads of a team, in blocks as wide as leaves enough for everybody.
-  void transposed() const {
-    int64_t width = 512;
+  // All products whose a lies in columns, by all threads of a team, in blocks of `width` columns, or fewer where that leaves
+  // not enough for everybody.
+  void transposed(int64_t width) const {
     const auto blocks = [&](const Product& op) { return ceil_div(op.M, kTall) * ceil_div(op.N, width); };
     const auto all = [&] {
       int64_t count = 0;
@@ -153,13 +152,13 @@ void add_up(float* to, const float* sums, int64_t blocks, int64_t width) {
     for (int64_t c = 0; c < width; c++) to[c] += sums[i * width + c];
 }
 
-// body(m0, rows) for all rows of N, shared out among the threads of a team: at first several kRows of them, so that a
-// panel is fetched for many, in the end one, so that all come to an end together.
+// body(m0, rows) for all rows of N, shared out among the threads of a team: at first `most` kRows of them, so that a panel is
+// fetched for many, in the end one, so that all come to an end together.
 template <class Body>
-void for_rows(int64_t N, Body&& body) {
+void for_rows(int64_t N, int64_t most, Body&& body) {
   std::vector<int64_t> starts{0};
   for (const int64_t units = ceil_div(N, kRows), threads = omp_get_num_threads(); starts.back() < units;)
-    starts.push_back(starts.back() + std::clamp((units - starts.back()) / (2 * threads), int64_t(1), kMost));
+    starts.push_back(starts.back() + std::clamp((units - starts.back()) / (2 * threads), int64_t(1), most));
 #pragma omp for schedule(dynamic, 1)
   for (size_t i = 0; i < starts.size() - 1; i++)
     body(starts[i] * kRows, std::min(starts[i + 1] * kRows, N) - starts[i] * kRows);
@@ -193,14 +192,14 @@ void forward_of(const Gpt2BlocksFwd& op, int threads) {
 #pragma omp parallel num_threads(threads)
   {
     products.pack();
-    for_rows(N, [&](int64_t m0, int64_t rows) {
+    for_rows(N, op.cut_rows, [&](int64_t m0, int64_t rows) {
       norm_forward(op.h1, op.statistics, op.x, parts.ln_1, N, C, op.epsilon, m0, rows);
       products.rows(0, m0, rows);
     });
   }
   attention_fwd(attention_of<AttentionFwd>(op), threads);
 #pragma omp parallel num_threads(threads)
-  for_rows(N, [&](int64_t m0, int64_t rows) {
+  for_rows(N, op.cut_rows, [&](int64_t m0, int64_t rows) {
     products.rows(1, m0, rows);
     norm_forward(op.h2, op.statistics + 2 * N, op.s, parts.ln_2, N, C, op.epsilon, m0, rows);
     products.rows(2, m0, rows);
@@ -226,7 +225,7 @@ void backward_of(const Gpt2BlocksBwd& op, int threads) {
 #pragma omp parallel num_threads(threads)
     {
       products.pack();
-      for_rows(N, [&](int64_t m0, int64_t rows) {
+      for_rows(N, op.cut_rows, [&](int64_t m0, int64_t rows) {
         products.rows(0, m0, rows);
         products.rows(1, m0, rows);
         norm_backward(ds, sums_2, norm_scratch, dh, op.dy, op.s, parts.ln_2, op.statistics + 2 * N, N, C, m0, rows);
@@ -241,7 +240,7 @@ void backward_of(const Gpt2BlocksBwd& op, int threads) {
     attention.stride_dqh = attention.stride_dkh = attention.stride_dvh = op.D;
     attention_bwd(attention, threads);
 #pragma omp parallel num_threads(threads)
-    for_rows(N, [&](int64_t m0, int64_t rows) {
+    for_rows(N, op.cut_rows, [&](int64_t m0, int64_t rows) {
       products.rows(3, m0, rows);
       norm_backward(op.dx, sums_1, norm_scratch, dh, ds, op.x, parts.ln_1, op.statistics, N, C, m0, rows);
     });
@@ -253,7 +252,7 @@ void backward_of(const Gpt2BlocksBwd& op, int threads) {
 #pragma omp parallel num_threads(threads)
   {
     products.pack({d_down + F * C, d_up + C * F, d_qkv + 3 * C * C, d_proj + C * C});
-    products.transposed();
+    products.transposed(op.cut_columns);
   }
 }
 

@@ -8,6 +8,8 @@ from itertools import repeat
 
 import torch
 
+from fastlm.measure import tuned
+
 try:
     import fastlm._C as _C
 except ImportError:  # the backend's why_not says what is missing
@@ -95,13 +97,13 @@ class Launchers:
 
     def gpt2_blocks_fwd(self, x, weights, heads, epsilon):
         (B, T, C), L, F = x.shape, len(weights) // 12, weights[8].shape[1]
-        N, y = B * T, torch.empty(B, T, C, dtype=x.dtype)
+        N, y, cut = B * T, torch.empty(B, T, C, dtype=x.dtype), tuned.cut("gpt2_blocks", "fp32")
         addresses = torch.tensor([weight.data_ptr() for weight in weights])
         kept = [torch.empty(shape, dtype=x.dtype) for shape in (
             (L - 1, N, C), (L, N, C), (L, N, 3 * C), (L, N, C), (L, B, heads, T), (L, N, C), (L, N, C), (L, N, F),
             (L, N, F), (L, 4, N))]
         self._run("gpt2_blocks_fwd", x.device, y=y, **dict(zip(_BLOCKS, kept, strict=True)), x=x, weights=addresses,
-                  L=L, B=B, T=T, H=heads, D=C // heads, F=F, epsilon=epsilon)
+                  L=L, B=B, T=T, H=heads, D=C // heads, F=F, epsilon=epsilon, cut_rows=cut["cut_rows"])
         return y, *kept
 
     def gpt2_blocks_bwd(self, dy, x, saved, weights, heads):
@@ -113,7 +115,7 @@ class Launchers:
         addresses = torch.tensor([weight.data_ptr() for weight in weights])
         self._run("gpt2_blocks_bwd", x.device, dx=dx, gradients=gradients, scratch=scratch, dy=dy, x=x,
                   **dict(zip(_BLOCKS, saved, strict=True)), weights=addresses, L=L, B=B, T=T, H=heads, D=C // heads,
-                  F=F)
+                  F=F, **tuned.cut("gpt2_blocks", "fp32"))
         return dx, gradients
 
     def bias_gelu_fwd(self, x, bias):

@@ -14,14 +14,16 @@ def tune(
     dtype: Annotated[list[str] | None, typer.Option(help="fp32, bf16 or fp16; may be repeated.")] = None,
     seconds: Annotated[float, typer.Option(help="For every backend of a case.")] = 1.0,
 ):
-    """Measure every op's backends here and keep the table: from then on the fastest is chosen.
+    """Measure every op's backends here, and on a CPU how products are best cut, and keep the table: from then on the
+    fastest is chosen.
 
     A backend that fails or is wrong is left out of the table, and the exit code is 1.
     """
     from rich.console import Console
     from rich.progress import Progress
 
-    from fastlm.benchmarks import harness
+    from fastlm.backends.machine import machine_why_not
+    from fastlm.benchmarks import cuts, harness
     from fastlm.cli.device import device_of
     from fastlm.config import GPT2Config
     from fastlm.measure import tuned
@@ -38,19 +40,29 @@ def tune(
     cases = harness.model_suite(config, B, T, device=device, dtypes=dtype)
     for case in cases:
         harness.plan(case, device)
-    console, rows = Console(), []
+    console, rows, found_cuts = Console(), [], []
+    to_cut = cuts.cases(config, dtype) if device == "cpu" and machine_why_not("cpu") is None else []
     with Progress(console=console, transient=True) as progress:
-        task = progress.add_task("this machine's roofs", total=len(cases))
+        task = progress.add_task("this machine's roofs", total=len(cases) + len(to_cut))
         roof = roofs(device)
         for case in cases:
             progress.update(task, description=case.name)
             rows += harness.attempt(harness.measure, case, device, roof, seconds=seconds)
             progress.advance(task)
+        for op, weights in to_cut:
+            progress.update(task, description=f"{op} {weights}: how its products are cut")
+            found_cuts.append(cuts.measure(config, op, weights, seconds=3 * seconds))
+            progress.advance(task)
     found = [row for row in harness.fastest(rows) if row["order"]]
-    path = tuned.save(device, harness.head(device), found) if found else None  # a former table stays
+    path = tuned.save(device, harness.head(device), found + found_cuts) if found else None  # a former table stays
     for row in found:
         times = ", ".join(f"{name} {row['us'][name]:,.0f}" for name in row["order"])
         console.print(f"{row['op']} {row['dtype']}: [green]{row['order'][0]}[/]   [dim]{times} µs[/]", highlight=False)
+    for row in found_cuts:
+        chosen = " ".join(f"{name}={value}" for name, value in row["cut"].items())
+        usual = next(iter(row["us"]))
+        console.print(f"{row['op']} {row['dtype']}: [green]{chosen}[/]   [dim]{row['us'][chosen]:,.0f} µs, "
+                      f"{usual} {row['us'][usual]:,.0f} µs[/]", highlight=False)
     told = f"wrote {path}; dispatch reads it from now on" if found else "nothing was measured, and no table written"
     console.print(f"\n{told}", highlight=False, soft_wrap=True)
     faults = harness.faults(rows)

@@ -16,6 +16,7 @@ from fastlm import fast_path
 from fastlm.backends import native
 from fastlm.backends.machine import machine_why_not
 from fastlm.dispatch.forcing import forced
+from fastlm.measure import tuned
 from fastlm.quantised import GROUP, head_kind, quantise
 
 HUGE = 2**21  # bytes of a huge page
@@ -69,7 +70,7 @@ class Engine:
             "page": cache.k_pages[0].shape[1], "max_pages": cache.block_table.shape[1],
             "epsilon": config.layer_norm_epsilon, "weights": _NUMBERS[weights.kind],
             "head_weights": _NUMBERS[head_kind(weights.kind)], "dtype": model.dtype,
-            "page_dtype": cache.k_pages[0].dtype, "cut_panels": 8, "cut_bytes": 96 << 10,
+            "page_dtype": cache.k_pages[0].dtype, **tuned.cut("gpt2_step", weights.kind),
         } | _NO_DRAW
 
     def __call__(self, tokens, counts):
