@@ -20,6 +20,17 @@ SHAPES = {
     "cuda": [{"B": 16384 // T, "T": T, "H": H, "D": D} for H, D in ((12, 64), (16, 64), (20, 64), (25, 64), (16, 128))
              for T in (1024, 2048, 4096, 8192)],
 }
+DECISIVE = [  # on a GPU: sizes, and the peers that count
+    ({"B": 32, "T": 1024, "H": 12, "D": 64}, ("cuDNN", "FlashAttention-2")),
+    ({"B": 8, "T": 4096, "H": 12, "D": 64}, ("cuDNN", "FlashAttention-2")),
+    ({"B": 16, "T": 1024, "H": 16, "D": 128}, ("cuDNN", "FlashAttention-2")),
+]
+SMALL = {"B": 1, "T": 16, "H": 2, "D": 16}
+
+
+def of_model(config, B, T):
+    """Shapes of a model's training step (B, T), or of its decoding."""
+    return [{"B": B, "T": T, "H": config.n_head, "D": config.n_embd // config.n_head}]
 PINNED = {
     "SDPA, math": SDPBackend.MATH, "cuDNN": SDPBackend.CUDNN_ATTENTION, "FlashAttention-2": SDPBackend.FLASH_ATTENTION,
     "efficient": SDPBackend.EFFICIENT_ATTENTION,

@@ -15,6 +15,13 @@ SHAPES = {
     "cpu": [{"N": 1024, "C": 3072}],
     "cuda": [{"N": N, "C": C} for N, C in ((8192, 3072), (65536, 3072), (16384, 6400))],
 }
+DECISIVE = [({"N": 32768, "C": 3072}, ("torch.compile",))]  # on a GPU: sizes, and the peers that count
+SMALL = {"N": 70, "C": 40}
+
+
+def of_model(config, B, T):
+    """Shapes of a model's training step (B, T), or of its decoding."""
+    return [{"N": min(B * T, 8192), "C": config.n_inner or 4 * config.n_embd}]
 
 
 def cases(shape, dtype, device):

@@ -15,6 +15,13 @@ SHAPES = {
     "cpu": [{"B": 8, "T": 1024, "H": 12, "D": 64}],
     "cuda": [{"B": B, "T": T, "H": 12, "D": 64} for B, T in ((8, 1024), (64, 512), (256, 1))],
 }
+DECISIVE = [({"B": 64, "T": 1, "H": 12, "D": 64}, ())]  # on a GPU: sizes, and the peers that count
+SMALL = {"B": 2, "T": 70, "H": 2, "D": 16}
+
+
+def of_model(config, B, T):
+    """Shapes of a model's training step (B, T), or of its decoding."""
+    return [{"B": B, "T": T, "H": config.n_head, "D": config.n_embd // config.n_head}]
 
 
 def cases(shape, dtype, device):

@@ -16,6 +16,17 @@ SHAPES = {
     "cpu": [{"B": B, "S": 1024, "H": 12, "D": 64} for B in (1, 8)],
     "cuda": [{"B": B, "S": S, "H": 12, "D": 64} for B, S in ((1, 1024), (8, 1024), (64, 512), (256, 512), (1024, 512))],
 }
+DECISIVE = [  # on a GPU: sizes, and the peers that count
+    ({"B": 1, "S": 1024, "H": 12, "D": 64}, ("SDPA",)),
+    ({"B": 64, "S": 512, "H": 12, "D": 64}, ("SDPA",)),
+    ({"B": 256, "S": 512, "H": 12, "D": 64}, ("SDPA",)),
+]
+SMALL = {"B": 2, "S": 70, "H": 2, "D": 16}
+
+
+def of_model(config, B, T):
+    """Shapes of a model's training step (B, T), or of its decoding."""
+    return [{"B": many, "S": T, "H": config.n_head, "D": config.n_embd // config.n_head} for many in (1, 8)]
 
 
 def cases(shape, dtype, device):

@@ -19,6 +19,13 @@ SHAPES = {
     "cpu": [{"L": 4, "B": 12, "T": 64, "H": 4, "D": 32}, {"L": 1, "B": 4, "T": 256, "H": 12, "D": 64}],
     "cuda": [{"L": 12, "B": 8, "T": 1024, "H": 12, "D": 64}],
 }
+DECISIVE = []  # on a GPU
+SMALL = {"L": 2, "B": 2, "T": 10, "H": 2, "D": 8}
+
+
+def of_model(config, B, T):
+    """Shapes of a model's training step (B, T), or of its decoding."""
+    return [{"L": 1, "B": B, "T": T, "H": config.n_head, "D": config.n_embd // config.n_head}]
 
 
 def cases(shape, dtype, device):

@@ -8,6 +8,13 @@ from .harness import Case
 
 WIDTHS = {"fp32": torch.float32}
 SHAPES = {"cpu": [{"N": 2**24}], "cuda": [{"N": 124_439_808}]}
+DECISIVE = [({"N": 124_439_808}, ())]  # on a GPU: sizes, and the peers that count
+SMALL = {"N": 1000}
+
+
+def of_model(config, B, T):
+    """Shapes of a model's training step (B, T), or of its decoding."""
+    return [{"N": 12 * config.n_embd**2}]
 
 
 def cases(shape, dtype, device):

@@ -16,6 +16,13 @@ SHAPES = {
     "cpu": [{"N": 1024, "C": 768}],
     "cuda": [{"N": N, "C": C} for N, C in ((8192, 768), (65536, 768), (16384, 1600))],
 }
+DECISIVE = [({"N": 32768, "C": 768}, ("torch.compile",))]  # on a GPU: sizes, and the peers that count
+SMALL = {"N": 70, "C": 40}
+
+
+def of_model(config, B, T):
+    """Shapes of a model's training step (B, T), or of its decoding."""
+    return [{"N": min(B * T, 8192), "C": config.n_embd}]
 
 
 def cases(shape, dtype, device):

@@ -16,6 +16,15 @@ SHAPES = {
     "cpu": [{"N": 256, "C": 768, "V": 50257}],
     "cuda": [{"N": N, "C": 768, "V": 50257} for N in (8192, 32768, 65536)],
 }
+DECISIVE = [  # on a GPU: sizes, and the peers that count
+    ({"N": 32768, "C": 768, "V": 50257}, ("torch.compile", "F.linear_cross_entropy")),
+]
+SMALL = {"N": 20, "C": 16, "V": 97}
+
+
+def of_model(config, B, T):
+    """Shapes of a model's training step (B, T), or of its decoding."""
+    return [{"N": min(B * T, 512), "C": config.n_embd, "V": config.vocab_size}]
 
 
 def cases(shape, dtype, device):

@@ -17,6 +17,16 @@ SHAPES = {
     "cpu": [{"N": 1024, "V": 50257}],
     "cuda": [{"N": N, "V": 50257} for N in (8192, 16384, 32768, 65536)],
 }
+DECISIVE = [  # on a GPU: sizes, and the peers that count
+    ({"N": 16384, "V": 50257}, ("torch.compile", "Liger")),
+    ({"N": 16384, "V": 50304}, ()),
+]
+SMALL = {"N": 8, "V": 100}
+
+
+def of_model(config, B, T):
+    """Shapes of a model's training step (B, T), or of its decoding."""
+    return [{"N": min(B * T, 8192), "V": config.vocab_size}]
 
 
 def cases(shape, dtype, device):

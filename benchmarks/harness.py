@@ -28,8 +28,7 @@ from pathlib import Path
 
 import torch
 
-import fastlm.ops  # noqa: F401  fills the table
-from fastlm import dispatch
+from fastlm import dispatch, ops
 from fastlm.backends.machine import devices, machine_why_not
 from fastlm.dispatch.forcing import use
 from fastlm.dispatch.refusal import Refused, failure
@@ -39,8 +38,7 @@ from fastlm.measure.files import write_json
 from fastlm.measure.numerics import DTYPES, compare
 from fastlm.measure.roofs import device_name
 
-OPS = ("softmax_xent", "attention", "decode_attention", "cache_append", "bias_gelu", "layer_norm", "linear_xent",
-       "gpt2_blocks", "adamw", "grad_norm")
+OPS = tuple(ops.FAMILIES)  # each with a file bench_<op>.py
 PROGRAMS = ("generate", "train", "products")
 
 
@@ -78,18 +76,18 @@ class Case:
         return f"{self.op} {self.part} {self.dtype} " + " ".join(f"{k}={v}" for k, v in self.shape.items())
 
 
-def suite(ops=None, *, device="cpu", shape=None, dtypes=None):
-    """The cases of ops or programs (all ops unless given) on a device, at `shape` (letters → sizes) or the usual ones.
+def suite(wanted=None, *, device="cpu", shape=None, dtypes=None):
+    """The cases of the wanted ops or programs, all ops unless given, at `shape` (letters → sizes) or the usual ones.
 
     Raises ValueError for an unknown op or dtype, or for a letter that an op does not have.
     """
-    for op in ops or ():
+    for op in wanted or ():
         if op not in OPS + PROGRAMS:
             raise ValueError(f"no op {op!r} to measure; there are {', '.join(OPS)}, and {', '.join(PROGRAMS)}")
     cases = []
-    for op in ops or OPS:
-        module = importlib.import_module(f".bench_{op}", __package__)
-        widths = getattr(module, "WIDTHS", DTYPES)
+    for op in wanted or OPS:
+        module = bench_of(op)
+        widths = widths_of(op)
         for dtype in dtypes or ():
             if dtype not in widths:
                 raise ValueError(f"no dtype {dtype!r}, wanted {', '.join(widths)}")
@@ -108,29 +106,24 @@ def suite(ops=None, *, device="cpu", shape=None, dtypes=None):
     return cases
 
 
+def bench_of(op):
+    """The module bench_<op>."""
+    return importlib.import_module(f".bench_{op}", __package__)
+
+
+def widths_of(op):
+    """The dtypes that an op is measured in: name → torch's."""
+    return getattr(bench_of(op), "WIDTHS", DTYPES)
+
+
 def model_suite(config, B, T, *, device="cpu", dtypes=None):
     """The cases of a model's training step (B, T) and of decoding, ours alone, without peers."""
-    H, D = config.n_head, config.n_embd // config.n_head
-    attention, C, rows = {"B": B, "T": T, "H": H, "D": D}, config.n_embd, min(B * T, 8192)
-    shapes = {
-        "bias_gelu": [{"N": rows, "C": config.n_inner or 4 * C}], "layer_norm": [{"N": rows, "C": C}],
-        "linear_xent": [{"N": min(rows, 512), "C": C, "V": config.vocab_size}],
-        "gpt2_blocks": [{"L": 1, "B": B, "T": T, "H": H, "D": D}],
-        "adamw": [{"N": 12 * C * C}], "grad_norm": [{"N": 12 * C * C}],
-        "softmax_xent": [{"N": min(B * T, 8192), "V": config.vocab_size}],
-        "attention": [attention], "cache_append": [attention],
-        "decode_attention": [{"B": many, "S": T, "H": H, "D": D} for many in (1, 8)],
-    }
-    cases = [case for op in OPS for shape in shapes[op]
-             for case in _takes(op, device, shape, dtypes)]
+    cases = []
+    for op in OPS:
+        known = [dtype for dtype in dtypes or () if dtype in widths_of(op)]
+        for shape in bench_of(op).of_model(config, B, T) if known or not dtypes else ():
+            cases += suite([op], device=device, shape=shape, dtypes=known)
     return [dataclasses.replace(case, peers={}, absent={}) for case in cases]
-
-
-def _takes(op, device, shape, dtypes):
-    """The cases of an op in those of the dtypes that it has."""
-    widths = getattr(importlib.import_module(f".bench_{op}", __package__), "WIDTHS", DTYPES)
-    known = [dtype for dtype in dtypes or () if dtype in widths]
-    return [] if dtypes and not known else suite([op], device=device, shape=shape, dtypes=known)
 
 
 def fastest(rows):

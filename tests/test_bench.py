@@ -20,10 +20,7 @@ from fastlm.measure import roofs as roofs_module
 from fastlm.measure.roofs import Roofs
 
 ROOFS = Roofs(copy=20e9, read=25e9, products={"fp32": 100e9, "bf16": 200e9, "fp16": 1e9}, launch=1e-6, taken=0.0)
-SMALL = {"softmax_xent": "N=8,V=100", "attention": "B=1,T=16,H=2,D=16", "decode_attention": "B=2,S=70,H=2,D=16",
-         "cache_append": "B=2,T=70,H=2,D=16", "bias_gelu": "N=70,C=40", "layer_norm": "N=70,C=40",
-         "linear_xent": "N=20,C=16,V=97", "gpt2_blocks": "L=2,B=2,T=10,H=2,D=8", "adamw": "N=1000",
-         "grad_norm": "N=1000"}
+SMALL = {op: ",".join(f"{letter}={size}" for letter, size in harness.bench_of(op).SMALL.items()) for op in harness.OPS}
 
 
 @pytest.fixture(autouse=True)
@@ -52,8 +49,7 @@ def test_every_op_is_measured_beside_its_peers(op, tmp_path):
     assert done.exit_code == 0, done.output + str(done.exception)
     rows = harness.read(tmp_path / "r.json")["rows"]
     timed = [row for row in rows if "refused" not in row]
-    wide = op in ("gpt2_blocks", "adamw", "grad_norm")
-    assert {row["dtype"] for row in timed} == ({"fp32"} if wide else {"fp32", "bf16"})
+    assert {row["dtype"] for row in timed} == {"fp32", "bf16"} & set(harness.widths_of(op))
     for case in {compare.case_of(row) for row in timed}:
         same = [row for row in timed if compare.case_of(row) == case]
         assert sum(row["chosen"] for row in same) == 1
@@ -298,7 +294,7 @@ def test_what_refuses_is_told():
 @pytest.mark.parametrize(
     "arguments, told",
     [
-        (["nonsense"], "no op 'nonsense' to measure; there are softmax_xent"),
+        (["nonsense"], "no op 'nonsense' to measure; there are adamw, attention"),
         (["attention", "--shape", "Q=3"], "attention has no size 'Q'; it has B, T, H, D"),
         (["attention", "--shape", "T=0"], "size T is 0, wanted ≥ 1"),
         (["attention", "--shape", "T3"], "got 'T3', wanted letters and sizes"),

@@ -31,7 +31,7 @@ FLOORS = [
 NAME_OPS = {
     "ops", "backends.reference", "backends.vendor", "backends.native", "backends.chunked", "backends.composed",
     "__init__", "fast_path", "gpt2", "generation", "training", "measure.certificate",
-    "measure.cuts", "cli.doctor", "cli.explain", "cli.generate",
+    "measure.cuts", "cli.explain", "cli.generate",
 }
 
 

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 import fastlm
 from fastlm import cli, dispatch
 from fastlm.backends import machine, native, reference, vendor
-from fastlm.benchmarks import apart, bench_train, harness
+from fastlm.benchmarks import apart, bench_train, cuts, harness
 from fastlm.cli import app
 from fastlm.cli import doctor as doctor_module
 from fastlm.dispatch.refusal import failure
@@ -447,17 +447,20 @@ def test_passes_of_which_one_failed():
 
 
 @pytest.fixture
-def tuning(tmp_path):
+def tuning(tmp_path, monkeypatch):
     """Tunes a small model: (exit code, output, the rows of the table that was written)."""
     config = fastlm.GPT2Config(vocab_size=31, n_positions=16, n_embd=24, n_layer=1, n_head=2)
     fastlm.GPT2(config).save_pretrained(str(tmp_path / "m"))
+
+    monkeypatch.setattr(cuts, "cases", lambda config, dtypes: to_cut)
 
     def tune():
         done = run("tune", "--model", tmp_path / "m", "--device", "cpu", "--dtype", "fp32", "--seconds", "0.01")
         paths = list((tmp_path / "cache" / "tuned").glob("*.json"))
         rows = json.loads(paths[0].read_text())["rows"] if paths else []
-        return done.exit_code, done.output, {row["op"]: row["order"] for row in rows}
+        return done.exit_code, done.output, {row["op"]: row.get("order") for row in rows}
 
+    to_cut = tune.to_cut = []
     return tune
 
 
@@ -476,6 +479,16 @@ def test_tune_where_every_backend_refuses(few, tuning):
     with refusing("grad_norm", "reference"), refusing("bias_gelu", "reference"):
         code, out, _ = tuning()
     assert code == 1 and "nothing was measured, and no table written" in out
+
+
+def test_tune_where_a_way_to_cut_products_fails(few, tuning, monkeypatch):
+    def fail(config, op, dtype, **_):
+        raise RuntimeError(f"no {dtype}")
+
+    monkeypatch.setattr(cuts, "measure", fail)
+    tuning.to_cut += [("gpt2_step", "fp32")]
+    code, out, orders = tuning()
+    assert code == 1 and "gpt2_step fp32 FAILED: no fp32" in out and set(orders) == {"bias_gelu", "grad_norm"}
 
 
 # ---- doctor, profile, explain
@@ -508,12 +521,12 @@ def test_doctor_fails_where_the_choice_does(plant, few):
 
 
 def test_doctor_tells_what_ran_each_part(half, few, monkeypatch):
-    monkeypatch.setitem(TABLE["attention_fwd"].kernels, "half", "fastlm.backends.reference")
+    monkeypatch.setitem(TABLE["attention_qkv_fwd"].kernels, "half", "fastlm.backends.reference")
     done = run("doctor", "--json")
     found = strict(done.output)["devices"]["cpu"]["attention"]
     assert done.exit_code == 0 and found["backends"]["half"] == "runs"
-    assert found["others"]["half"].keys() == {"attention_bwd"} and "torch" not in found["others"]
-    assert f"attention_bwd runs on {found['others']['half']['attention_bwd']}" in run("doctor").output
+    assert found["others"]["half"].keys() == {"attention_qkv_bwd"} and "torch" not in found["others"]
+    assert f"attention_qkv_bwd runs on {found['others']['half']['attention_qkv_bwd']}" in run("doctor").output
 
 
 @pytest.mark.parametrize("kind", PLANTS)

@@ -15,8 +15,8 @@ pytestmark = pytest.mark.slow
 HERE = Path(__file__).parent
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer"]
 ISAS = compiled.table().ladder(platform.machine())  # {instruction set: flags}
-TESTS = ("attention", "decode_attention", "cache_append", "softmax_xent", "bias_gelu", "layer_norm",
-         "linear_xent", "gpt2_blocks", "adamw", "grad_norm", "engine")
+OPS = sorted(path.stem for path in (ROOT / "fastlm" / "ops").glob("[a-z]*.py") if path.stem != "checks")
+TESTS = (*OPS, "engine")
 OVERREAD = """
 import sanitized, sys, torch
 from fastlm.backends import native

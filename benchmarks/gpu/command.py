@@ -330,9 +330,9 @@ def end(process):
 
 def pytest(name, dry):
     """The command of the kernels' own tests (`tests`) or of them all (`rest`)."""
-    ops = ("softmax_xent", "linear_xent", "attention", "decode_attention", "cache_append", "layer_norm", "bias_gelu",
-           "adamw", "grad_norm")
-    files = [*(f"test_{op}.py" for op in ops), "-k", "cuda or triton"] if name == "tests" else []
+    ops = (path.stem for path in sorted((ROOT / "fastlm" / "ops").glob("[a-z]*.py")))
+    kernels = [f"test_{op}.py" for op in ops if op not in ("checks", "gpt2_blocks")]
+    files = [*kernels, "-k", "cuda or triton"] if name == "tests" else []
     if dry:
         files = ["test_measure.py"]
     workers = ["-n", str(min(12, os.cpu_count() or 1)), "--dist", "worksteal"]

@@ -215,30 +215,14 @@ def decode(place):
 # ---- ops, products, launches
 
 
-WANTED = (  # (op, sizes, peers)
-    ("attention", {"B": 32, "T": 1024, "H": 12, "D": 64}, ("cuDNN", "FlashAttention-2")),
-    ("attention", {"B": 8, "T": 4096, "H": 12, "D": 64}, ("cuDNN", "FlashAttention-2")),
-    ("attention", {"B": 16, "T": 1024, "H": 16, "D": 128}, ("cuDNN", "FlashAttention-2")),
-    ("layer_norm", {"N": 32768, "C": 768}, ("torch.compile",)),
-    ("bias_gelu", {"N": 32768, "C": 3072}, ("torch.compile",)),
-    ("adamw", {"N": 124_439_808}, ("torch.compile",)),
-    ("grad_norm", {"N": 124_439_808}, ()),
-    ("decode_attention", {"B": 1, "S": 1024, "H": 12, "D": 64}, ("SDPA",)),
-    ("decode_attention", {"B": 64, "S": 512, "H": 12, "D": 64}, ("SDPA",)),
-    ("decode_attention", {"B": 256, "S": 512, "H": 12, "D": 64}, ("SDPA",)),
-    ("cache_append", {"B": 64, "T": 1, "H": 12, "D": 64}, ()),
-    ("linear_xent", {"N": 32768, "C": 768, "V": 50257}, ("torch.compile", "F.linear_cross_entropy")),
-    ("softmax_xent", {"N": 16384, "V": 50257}, ("torch.compile", "Liger")),
-    ("softmax_xent", {"N": 16384, "V": 50304}, ()),
-)
 SMALL = {"N": 64, "V": 97, "C": 32, "B": 2, "T": 16, "S": 70, "H": 2, "D": 16}
 
 
 def wanted_cases(place):
     """The cases that decide, with the peers that count."""
-    for op, sizes, peers in WANTED:
+    for op, (sizes, peers) in ((name, case) for name in harness.OPS for case in harness.bench_of(name).DECISIVE):
         sizes = {letter: min(size, SMALL[letter]) for letter, size in sizes.items()} if place.dry else sizes
-        dtype = ["fp32" if place.dry or op in ("adamw", "grad_norm") else "bf16"]
+        dtype = ["fp32" if place.dry or "bf16" not in harness.widths_of(op) else "bf16"]
         for case in harness.suite([op], device=place.device, shape=sizes, dtypes=dtype):
             chosen = {name: peer for name, peer in case.peers.items() if name in peers}
             yield dataclasses.replace(case, peers=chosen, absent={})

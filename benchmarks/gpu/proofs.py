@@ -24,6 +24,7 @@ from fastlm.training.config import TrainConfig
 from fastlm.training.optimizer import AdamW
 from fastlm.training.step import autocast
 
+from .. import harness
 from .command import ROW
 from .place import emit, guarded
 
@@ -134,7 +135,7 @@ def part(place, name):
             with dispatch.record() as calls:
                 got = _case(place, family, case, backend, DTYPES[dtype], dtype)
             ran = {(op, used) for op, used in calls if TABLE[op].family == family}
-            called |= {pair for pair in ran if dtype == "bf16" or family in ("adamw", "grad_norm")}
+            called |= {pair for pair in ran if dtype == "bf16" or "bf16" not in harness.widths_of(family)}
             if ours := sorted(op for op, used in ran if used != backend and backend in TABLE[op].kernels):
                 emit(**row, failed=f"{', '.join(ours)} ran elsewhere")
             truth = _case(place, family, case, "reference", torch.float64, dtype)

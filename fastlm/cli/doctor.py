@@ -189,60 +189,11 @@ def _samples(device):
     from fastlm import ops
 
     usual = {"device": device, "dtype": torch.bfloat16 if device == "cuda" else torch.float32}
-    q = torch.randn(2, 3, 2, 16, **usual)
-    pages = torch.zeros(4, 8, 2, 16, **usual)
-    table = torch.tensor([[0, 1], [2, 3]], dtype=torch.int32, device=device)
-    positions = torch.tensor([[0, 1, 2], [0, 1, -1]], dtype=torch.int32, device=device)
-    lengths = torch.tensor([3, 2], dtype=torch.int32, device=device)
 
-    def softmax_xent():
-        x = torch.randn(3, 37, **usual, requires_grad=True)
-        loss = ops.softmax_xent(x, torch.tensor([0, 36, -100], device=device))
-        loss.backward()
-        return loss, x.grad
+    def sample(family):
+        return lambda: ops.module(family).example(lambda *shape: torch.randn(shape), lambda x: x.to(**usual)).values()
 
-    def attention():
-        x = q.detach().requires_grad_()
-        o = ops.attention(x, x, x)
-        o.sum().backward()
-        return o, x.grad
-
-    x, w, y = torch.randn(3, 16, **usual), torch.randn(37, 16, **usual), torch.tensor([0, 36, -100], device=device)
-    flat = [torch.rand(5, device=device) for _ in range(4)]
-
-    sizes = {"C": 16, "3C": 48, "F": 32}
-    blocks = [torch.randn(*(sizes[size] for size in shape.split()), **usual) for shape in ops.BLOCK_WEIGHTS.values()]
-
-    def trained(function):
-        def run():
-            leaf = x.detach().requires_grad_()
-            y = function(leaf)
-            y.sum().backward()
-            return y, leaf.grad
-
-        return run
-
-    def adamw():
-        ops.adamw_(*flat, step=1, learning_rate=1e-3)
-        return flat
-
-    def cache_append():
-        cache = pages.clone(), pages.clone()
-        ops.cache_append_(*cache, q, q, table, positions)
-        return cache
-
-    return {
-        "softmax_xent": softmax_xent,
-        "attention": attention,
-        "bias_gelu": trained(lambda x: ops.bias_gelu(x, w[0])),
-        "layer_norm": trained(lambda x: ops.layer_norm(x, w[0], w[1])),
-        "linear_xent": trained(lambda x: ops.linear_xent(x, w, y)),
-        "gpt2_blocks": trained(lambda x: ops.gpt2_blocks(x[None], blocks, heads=2)),
-        "adamw": adamw,
-        "grad_norm": lambda: [ops.grad_norm(flat[0])],
-        "decode_attention": lambda: [ops.decode_attention(q, pages, pages, table, lengths)],
-        "cache_append": cache_append,
-    }
+    return {family: sample(family) for family in ops.FAMILIES}
 
 
 def _show(found):

@@ -26,6 +26,7 @@ def tune(
     from fastlm.benchmarks import cuts, harness
     from fastlm.cli.device import device_of
     from fastlm.config import GPT2Config
+    from fastlm.dispatch.refusal import failure
     from fastlm.measure import tuned
     from fastlm.measure.roofs import roofs
 
@@ -40,7 +41,7 @@ def tune(
     cases = harness.model_suite(config, B, T, device=device, dtypes=dtype)
     for case in cases:
         harness.plan(case, device)
-    console, rows, found_cuts = Console(), [], []
+    console, rows, found_cuts, cut_faults = Console(), [], [], []
     to_cut = cuts.cases(config, dtype) if device == "cpu" and machine_why_not("cpu") is None else []
     with Progress(console=console, transient=True) as progress:
         task = progress.add_task("this machine's roofs", total=len(cases) + len(to_cut))
@@ -51,10 +52,15 @@ def tune(
             progress.advance(task)
         for op, weights in to_cut:
             progress.update(task, description=f"{op} {weights}: how its products are cut")
-            found_cuts.append(cuts.measure(config, op, weights, seconds=3 * seconds))
+            try:
+                found_cuts.append(cuts.measure(config, op, weights, seconds=3 * seconds))
+            except Exception as error:
+                cut_faults.append(f"{op} {weights} FAILED: {failure(error)}")
             progress.advance(task)
     found = [row for row in harness.fastest(rows) if row["order"]]
-    path = tuned.save(device, harness.head(device), found + found_cuts) if found else None  # a former table stays
+    path = None  # where nothing was measured a former table stays
+    if found or found_cuts:
+        path = tuned.save(device, harness.head(device), found + found_cuts)
     for row in found:
         times = ", ".join(f"{name} {row['us'][name]:,.0f}" for name in row["order"])
         console.print(f"{row['op']} {row['dtype']}: [green]{row['order'][0]}[/]   [dim]{times} µs[/]", highlight=False)
@@ -63,9 +69,9 @@ def tune(
         usual = next(iter(row["us"]))
         console.print(f"{row['op']} {row['dtype']}: [green]{chosen}[/]   [dim]{row['us'][chosen]:,.0f} µs, "
                       f"{usual} {row['us'][usual]:,.0f} µs[/]", highlight=False)
-    told = f"wrote {path}; dispatch reads it from now on" if found else "nothing was measured, and no table written"
+    told = f"wrote {path}; dispatch reads it from now on" if path else "nothing was measured, and no table written"
     console.print(f"\n{told}", highlight=False, soft_wrap=True)
-    faults = harness.faults(rows)
+    faults = harness.faults(rows) + cut_faults
     for told in faults:
         console.print(told, style="bold red", markup=False, highlight=False, soft_wrap=True)
     if faults or not found:

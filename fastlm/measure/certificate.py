@@ -127,95 +127,10 @@ def _ran(calls, *, backward):
     return ran
 
 
-# ---- ops: operands in fp64 from a generator, and the quantities by name
+# ---- ops: what an op computes in its own example (fastlm/ops/<op>.py)
 
 
-def _softmax_xent(random, to):
-    x, y = to(random(24, 1031)).requires_grad_(), torch.arange(24) * 43 % 1031
-    y[3] = -100
-    loss = ops.softmax_xent(x, y.to(x.device), reduction="none")
-    loss.sum().backward()
-    return {"loss": loss.detach(), "dx": x.grad}
-
-
-def _attention(random, to):
-    qkv, do = to(random(2, 65, 3, 2, 64)).requires_grad_(), to(random(2, 65, 2, 64))
-    o = ops.attention_qkv(qkv)
-    o.backward(do)
-    return {"o": o.detach(), "dqkv": qkv.grad}
-
-
-def _paged(random, to):
-    """k_pages, v_pages, block_table (2, 10) and new keys and values, of two sequences of 150 and 7 positions."""
-    k_pages, v_pages, k, v = (to(random(*shape)) for shape in [(20, 16, 2, 64)] * 2 + [(2, 3, 2, 64)] * 2)
-    table = torch.arange(20, dtype=torch.int32, device=k.device).flip(0).view(2, 10)
-    return k_pages, v_pages, table, k, v
-
-
-def _decode_attention(random, to):
-    k_pages, v_pages, table, q, _ = _paged(random, to)
-    lengths = torch.tensor([150, 7], dtype=torch.int32, device=q.device)
-    return {"o": ops.decode_attention(q, k_pages, v_pages, table, lengths)}
-
-
-def _cache_append(random, to):
-    k_pages, v_pages, table, k, v = _paged(random, to)
-    positions = torch.tensor([[147, 148, 149], [6, -1, -1]], dtype=torch.int32, device=k.device)
-    ops.cache_append_(k_pages, v_pages, k, v, table, positions)
-    return {"k_pages": k_pages, "v_pages": v_pages}
-
-
-def _bias_gelu(random, to):
-    x, bias, dy = to(random(40, 70)).requires_grad_(), to(random(70)).requires_grad_(), to(random(40, 70))
-    y = ops.bias_gelu(x, bias)
-    y.backward(dy)
-    return {"y": y.detach(), "dx": x.grad, "dbias": bias.grad}
-
-
-def _layer_norm(random, to):
-    x, residual, weight, bias = (to(random(*shape)).requires_grad_() for shape in ((40, 70), (40, 70), (70,), (70,)))
-    y, s = ops.layer_norm(x, weight, bias, residual=residual)
-    torch.autograd.backward((y, s), (to(random(40, 70)), to(random(40, 70))))
-    return {"y": y.detach(), "s": s.detach(), "dx": x.grad, "dweight": weight.grad, "dbias": bias.grad}
-
-
-def _linear_xent(random, to):
-    h, w, y = to(random(24, 32)).requires_grad_(), to(random(131, 32)).requires_grad_(), torch.arange(24) * 43 % 131
-    y[3] = -100
-    ops.linear_xent(h, w, y.to(h.device), reduction="sum").backward()
-    return {"dh": h.grad, "dw": w.grad}
-
-
-def _gpt2_blocks(random, to):
-    wide = torch.promote_types(to(random(1)).dtype, torch.float32)
-    C, sizes = 24, {"C": 24, "3C": 72, "F": 40}
-    x = to(random(2, 19, C)).to(wide).requires_grad_()
-    weights = [to(random(*(sizes[size] for size in shape.split()))).to(wide).div(C**0.5).requires_grad_()
-               for _ in range(2) for shape in ops.BLOCK_WEIGHTS.values()]
-    y = ops.gpt2_blocks(x, weights, heads=3)
-    y.backward(to(random(2, 19, C)).to(wide))
-    return {"y": y.detach(), "dx": x.grad, "dqkv": weights[2].grad, "ddown": weights[10].grad}
-
-
-def _adamw(random, to):
-    wide = torch.promote_types(to(random(1)).dtype, torch.float32)
-    p, g, m = (to(random(1000)).to(wide) for _ in range(3))
-    v = m.square()
-    ops.adamw_(p, g, m, v, step=3, learning_rate=1e-2)
-    return {"p": p, "exp_avg": m, "exp_avg_sq": v}
-
-
-def _grad_norm(random, to):
-    g = to(random(1000))
-    return {"norm": ops.grad_norm(g.to(torch.promote_types(g.dtype, torch.float32)))[None]}
-
-
-CASES = {
-    "softmax_xent": _softmax_xent, "attention": _attention,
-    "decode_attention": _decode_attention, "cache_append": _cache_append, "bias_gelu": _bias_gelu,
-    "layer_norm": _layer_norm, "linear_xent": _linear_xent, "gpt2_blocks": _gpt2_blocks, "adamw": _adamw,
-    "grad_norm": _grad_norm,
-}
+CASES = {family: ops.module(family).example for family in ops.FAMILIES}
 
 
 def _op_lines(family, case, names, dtype, device, seed):

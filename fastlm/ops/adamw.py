@@ -6,6 +6,7 @@ from fastlm.dispatch import define
 from fastlm.dispatch.table import homes
 from fastlm.ops.checks import check, check_dtype
 
+__all__ = ["adamw_"]
 KERNELS = homes("adamw", "triton", "cpu", "torch", "reference")
 ORDER = {"cpu": ("cpu", "torch", "reference"), "cuda": ("triton", "torch", "reference")}
 
@@ -46,3 +47,12 @@ _step = define(
     family="adamw", kernels=KERNELS, order=ORDER, key=lambda p, *_: (p.device, p.dtype), limits=_limits,
     fake=lambda *_: None,
 )
+
+
+def example(random, to):
+    """The results of a call of its own, by name; random(*shape) gives operands, `to` moves them to device and dtype."""
+    wide = torch.promote_types(to(random(1)).dtype, torch.float32)
+    p, g, m = (to(random(1000)).to(wide) for _ in range(3))
+    v = m.square()
+    adamw_(p, g, m, v, step=3, learning_rate=1e-2)
+    return {"p": p, "exp_avg": m, "exp_avg_sq": v}

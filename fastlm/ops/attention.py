@@ -6,6 +6,7 @@ from fastlm.dispatch import define
 from fastlm.dispatch.table import homes
 from fastlm.ops.checks import check, check_dtype, inner_contiguous, refuse_double_backward
 
+__all__ = ["attention", "attention_qkv"]
 KERNELS = homes("attention", "cuda", "triton", "cpu", "torch", "reference")
 BACKWARD = homes("attention", "triton", "cpu", "torch", "reference")  # `cuda` has the forward alone
 ORDER = {"cpu": ("cpu", "torch", "reference"), "cuda": ("torch", "triton", "cuda", "reference")}
@@ -143,3 +144,11 @@ _bwd = define(
 _qkv_fwd = define(f"attention_qkv_fwd(Tensor qkv, {_OPTIONS}) -> (Tensor o, Tensor lse)", **_FORWARD)
 _qkv_bwd = define(
     f"attention_qkv_bwd(Tensor do, Tensor qkv, Tensor o, Tensor lse, {_OPTIONS}) -> Tensor dqkv", **_BACKWARD)
+
+
+def example(random, to):
+    """The results of a call of its own, by name; random(*shape) gives operands, `to` moves them to device and dtype."""
+    qkv, do = to(random(2, 65, 3, 2, 64)).requires_grad_(), to(random(2, 65, 2, 64))
+    o = attention_qkv(qkv)
+    o.backward(do)
+    return {"o": o.detach(), "dqkv": qkv.grad}

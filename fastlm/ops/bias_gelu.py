@@ -6,6 +6,7 @@ from fastlm.dispatch import define
 from fastlm.dispatch.table import homes
 from fastlm.ops.checks import check, check_dtype, inner_contiguous, refuse_double_backward
 
+__all__ = ["bias_gelu"]
 KERNELS = homes("bias_gelu", "triton", "cpu", "torch", "reference")
 ORDER = {"cpu": ("cpu", "torch", "reference"), "cuda": ("triton", "torch", "reference")}
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -53,3 +54,11 @@ _bwd = define(
     "bias_gelu_bwd(Tensor dy, Tensor x, Tensor bias) -> (Tensor dx, Tensor dbias)",
     **_ROW, fake=lambda dy, x, bias: (x.new_empty(x.shape), bias.new_empty(bias.shape)),
 )
+
+
+def example(random, to):
+    """The results of a call of its own, by name; random(*shape) gives operands, `to` moves them to device and dtype."""
+    x, bias, dy = to(random(40, 70)).requires_grad_(), to(random(70)).requires_grad_(), to(random(40, 70))
+    y = bias_gelu(x, bias)
+    y.backward(dy)
+    return {"y": y.detach(), "dx": x.grad, "dbias": bias.grad}

@@ -6,6 +6,7 @@ from fastlm.dispatch import define
 from fastlm.dispatch.table import homes
 from fastlm.ops.checks import check, check_dtype, check_inner_contiguous, inner_contiguous
 
+__all__ = ["cache_append_"]
 KERNELS = homes("cache_append", "cuda", "triton", "cpu", "torch", "reference")
 ORDER = {"cpu": ("cpu", "torch", "reference"), "cuda": ("cuda", "triton", "torch", "reference")}
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -74,3 +75,18 @@ _append = define(
     " -> ()",
     family="cache_append", kernels=KERNELS, order=ORDER, key=_key, limits=_limits, fake=_fake,
 )
+
+
+def paged(random, to):
+    """k_pages, v_pages, block_table (2, 10) and new keys and values, of two sequences of 150 and 7 positions."""
+    k_pages, v_pages, k, v = (to(random(*shape)) for shape in [(20, 16, 2, 64)] * 2 + [(2, 3, 2, 64)] * 2)
+    table = torch.arange(20, dtype=torch.int32, device=k.device).flip(0).view(2, 10)
+    return k_pages, v_pages, table, k, v
+
+
+def example(random, to):
+    """The results of a call of its own, by name; random(*shape) gives operands, `to` moves them to device and dtype."""
+    k_pages, v_pages, table, k, v = paged(random, to)
+    positions = torch.tensor([[147, 148, 149], [6, -1, -1]], dtype=torch.int32, device=k.device)
+    cache_append_(k_pages, v_pages, k, v, table, positions)
+    return {"k_pages": k_pages, "v_pages": v_pages}

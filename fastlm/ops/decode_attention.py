@@ -4,8 +4,10 @@ import torch
 
 from fastlm.dispatch import define
 from fastlm.dispatch.table import homes
+from fastlm.ops.cache_append import paged
 from fastlm.ops.checks import check, check_dtype, check_inner_contiguous, inner_contiguous
 
+__all__ = ["decode_attention"]
 KERNELS = homes("decode_attention", "cuda", "triton", "cpu", "torch", "reference")
 ORDER = {"cpu": ("cpu", "torch", "reference"), "cuda": ("triton", "cuda", "torch", "reference")}
 LARGEST_D = {"cuda": 128, "triton": 128, "cpu": 256}
@@ -74,3 +76,10 @@ _decode = define(
     " -> Tensor",
     family="decode_attention", kernels=KERNELS, order=ORDER, key=_key, limits=_limits, fake=_fake,
 )
+
+
+def example(random, to):
+    """The results of a call of its own, by name; random(*shape) gives operands, `to` moves them to device and dtype."""
+    k_pages, v_pages, table, q, _ = paged(random, to)
+    lengths = torch.tensor([150, 7], dtype=torch.int32, device=q.device)
+    return {"o": decode_attention(q, k_pages, v_pages, table, lengths)}

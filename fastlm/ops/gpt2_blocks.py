@@ -5,6 +5,7 @@ import torch
 from fastlm.dispatch import define
 from fastlm.ops.checks import check, check_dtype, refuse_double_backward
 
+__all__ = ["BLOCK_WEIGHTS", "gpt2_blocks"]
 KERNELS = {
     "cpu": "fastlm.backends.native:cpu",
     "torch": "fastlm.backends.composed:torch_",
@@ -102,3 +103,15 @@ _bwd = define(
     " -> (Tensor dx, Tensor gradients)",
     **_ROW, fake=_bwd_fake,
 )
+
+
+def example(random, to):
+    """The results of a call of its own, by name; random(*shape) gives operands, `to` moves them to device and dtype."""
+    wide = torch.promote_types(to(random(1)).dtype, torch.float32)
+    C, sizes = 24, {"C": 24, "3C": 72, "F": 40}
+    x = to(random(2, 19, C)).to(wide).requires_grad_()
+    weights = [to(random(*(sizes[size] for size in shape.split()))).to(wide).div(C**0.5).requires_grad_()
+               for _ in range(2) for shape in BLOCK_WEIGHTS.values()]
+    y = gpt2_blocks(x, weights, heads=3)
+    y.backward(to(random(2, 19, C)).to(wide))
+    return {"y": y.detach(), "dx": x.grad, "dqkv": weights[2].grad, "ddown": weights[10].grad}

@@ -6,6 +6,7 @@ from fastlm.dispatch import define
 from fastlm.dispatch.table import homes
 from fastlm.ops.checks import check, check_dtype
 
+__all__ = ["grad_norm"]
 KERNELS = homes("grad_norm", "triton", "cpu", "torch", "reference")
 ORDER = {"cpu": ("cpu", "torch", "reference"), "cuda": ("triton", "torch", "reference")}
 
@@ -31,3 +32,9 @@ _norm = define(
     family="grad_norm", kernels=KERNELS, order=ORDER, key=lambda g: (g.device, g.dtype), limits=_limits,
     fake=lambda g: g.new_empty(()),
 )
+
+
+def example(random, to):
+    """The results of a call of its own, by name; random(*shape) gives operands, `to` moves them to device and dtype."""
+    g = to(random(1000))
+    return {"norm": grad_norm(g.to(torch.promote_types(g.dtype, torch.float32)))[None]}

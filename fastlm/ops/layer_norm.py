@@ -6,6 +6,7 @@ from fastlm.dispatch import define
 from fastlm.dispatch.table import homes
 from fastlm.ops.checks import check, check_dtype, inner_contiguous, refuse_double_backward
 
+__all__ = ["layer_norm"]
 KERNELS = homes("layer_norm", "triton", "cpu", "torch", "reference")
 ORDER = {"cpu": ("cpu", "torch", "reference"), "cuda": ("triton", "torch", "reference")}
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -113,3 +114,11 @@ _bwd = define(
     " -> (Tensor dx, Tensor dresidual, Tensor dweight, Tensor dbias)",
     **_ROW, key=lambda dy, ds, s, *_: (s.device, dy.dtype, s.dtype, s.shape[1] > LARGEST_C), fake=_bwd_fake,
 )
+
+
+def example(random, to):
+    """The results of a call of its own, by name; random(*shape) gives operands, `to` moves them to device and dtype."""
+    x, residual, weight, bias = (to(random(*shape)).requires_grad_() for shape in ((40, 70), (40, 70), (70,), (70,)))
+    y, s = layer_norm(x, weight, bias, residual=residual)
+    torch.autograd.backward((y, s), (to(random(40, 70)), to(random(40, 70))))
+    return {"y": y.detach(), "s": s.detach(), "dx": x.grad, "dweight": weight.grad, "dbias": bias.grad}

@@ -6,6 +6,7 @@ from fastlm.dispatch import define
 from fastlm.ops.checks import check, check_dtype, refuse_double_backward
 from fastlm.ops.softmax_xent import check_labels
 
+__all__ = ["linear_xent"]
 KERNELS = {
     "cuda": "fastlm.backends.chunked:cuda",
     "triton": "fastlm.backends.chunked:triton",
@@ -103,3 +104,11 @@ _grad = define(
     **_ROW, **_KEY,
     fake=lambda h, w, *_: (_loss_fake(h).new_empty(()), h.new_empty(h.shape), w.new_empty(w.shape)),
 )
+
+
+def example(random, to):
+    """The results of a call of its own, by name; random(*shape) gives operands, `to` moves them to device and dtype."""
+    h, w, y = to(random(24, 32)).requires_grad_(), to(random(131, 32)).requires_grad_(), torch.arange(24) * 43 % 131
+    y[3] = -100
+    linear_xent(h, w, y.to(h.device), reduction="sum").backward()
+    return {"dh": h.grad, "dw": w.grad}

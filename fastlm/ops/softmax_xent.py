@@ -6,6 +6,7 @@ from fastlm.dispatch import define
 from fastlm.dispatch.table import homes
 from fastlm.ops.checks import check, check_dtype, inner_contiguous, refuse_double_backward
 
+__all__ = ["softmax_xent"]
 KERNELS = homes("softmax_xent", "cuda", "triton", "cpu", "torch", "reference")
 ORDER = {"cpu": ("cpu", "torch", "reference"), "cuda": ("cuda", "triton", "torch", "reference")}
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -143,3 +144,12 @@ _both = define(
     "softmax_xent_(Tensor(a!) x, Tensor dloss, Tensor y, int ignore) -> (Tensor loss, Tensor lse)",
     **_ROW, key=_key, limits=_limits, fake=lambda x, dloss, y, ignore: _fwd_fake(x, y, ignore),
 )
+
+
+def example(random, to):
+    """The results of a call of its own, by name; random(*shape) gives operands, `to` moves them to device and dtype."""
+    x, y = to(random(24, 1031)).requires_grad_(), torch.arange(24) * 43 % 1031
+    y[3] = -100
+    loss = softmax_xent(x, y.to(x.device), reduction="none")
+    loss.sum().backward()
+    return {"loss": loss.detach(), "dx": x.grad}
