@@ -6,8 +6,10 @@ import pytest
 import torch
 import torch._dynamo.testing
 from conftest import DEVICE
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastlm
+import fastlm.ops
 from fastlm.dispatch.table import TABLE
 from fastlm.ops import BLOCK_WEIGHTS
 
@@ -86,7 +88,28 @@ def samples():
             yield "cache_append_", (*pages, k, v, table, where)
 
 
-SAMPLES = list(samples())
+class Calls(TorchDispatchMode):
+    """Keeps the arguments of every torch op of ours."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace == "fastlm":
+            self.made.append((function._opname, tuple(a.clone() if isinstance(a, torch.Tensor) else a for a in args)))
+        return function(*args, **(kwargs or {}))
+
+    def __init__(self):
+        super().__init__()
+        self.made = []
+
+
+def examples():
+    """The calls that every op's own example makes."""
+    for family in fastlm.ops.FAMILIES:
+        with Calls() as calls:
+            fastlm.ops.module(family).example(lambda *shape: torch.randn(shape), lambda x: x.to(DEVICE, torch.float32))
+        yield from calls.made
+
+
+SAMPLES = [*samples(), *examples()]
 
 
 @pytest.mark.parametrize("op, arguments", SAMPLES, ids=[f"{op}-{i}" for i, (op, _) in enumerate(SAMPLES)])
