@@ -48,7 +48,7 @@ def ladder(processor):
     text = (HERE / "cpu" / "isas.h").read_text(encoding="utf-8").replace("\\\n", "")
     flags, found = [], {}
     for name, of, own in re.findall(r'X\((\w+), (\w+), +"(.*?)"', text):
-        if of in ("any", {"amd64": "x86_64"}.get(processor.lower(), processor)):
+        if of in ("any", {"amd64": "x86_64", "arm64": "aarch64"}.get(processor.lower(), processor)):
             flags += own.split()
             found[name] = list(flags)
     return found

@@ -181,6 +181,8 @@ struct GradNorm {
 // drop(p)[t, s] = p[t, s] * 256 / (256 - drop) where byte(t, s) >= drop, else 0. byte(t, s) is byte s % 16 (little
 // endian, words in order) of Philox4x32-10 with key (lo32(seed[0]), lo32(seed[1])) and counter
 // (s / 16, t, lo32(seed[3] + b), seed[2] << 16 | h): seed = (seed, step, layer, index of the first sequence).
+//
+// gpt2_step.cpp, gpt2_blocks.cpp and tests/emulation/sweep_attention.cpp fill it too.
 struct AttentionFwd {
   void* o;             // out (B, T, H, D), dtype
   int64_t stride_ob, stride_ot, stride_oh;

@@ -36,7 +36,7 @@ def library():
                                        sysconfig.get_path("include"))]
     common = ["-std=c++20", "-O1", "-g1", "-fPIC", "-fopenmp", "-fno-math-errno", *SANITIZE, *include]
     chosen = [ROOT / "csrc" / "bindings.cpp", ROOT / "csrc" / "cpu" / "isa.cpp"]
-    kernels = [path for path in sorted((ROOT / "csrc" / "cpu").glob("*.cpp")) if path not in chosen]
+    kernels = [path for path in sorted((ROOT / "csrc" / "cpu").rglob("*.cpp")) if path not in chosen]
     headers = sorted((ROOT / "csrc").rglob("*.h"))
 
     def of(isa):

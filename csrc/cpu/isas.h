@@ -1,5 +1,7 @@
 // The ladder of instruction sets: a row for each that the kernels are compiled for, and which of them this CPU has.
-// csrc/declared.py reads the rows too, for the build and the tests.
+// csrc/declared.py reads the rows too, for the build and the tests. A new one is a row here and simd/<name>.h, where it
+// says what it does better than simd/generic.h; vectors of another width want tiles of their own in products/*.h; another
+// processor wants its kIs_… below.
 #pragma once
 
 // X(name, processor, the compiler's flags, what the CPU must have): both beside those of the processor's rows above it.
@@ -22,6 +24,11 @@ constexpr bool kIs_x86_64 = true;
 #else
 #define has(feature) false
 constexpr bool kIs_x86_64 = false;
+#endif
+#if defined(__aarch64__)
+constexpr bool kIs_aarch64 = true;
+#else
+constexpr bool kIs_aarch64 = false;
 #endif
 constexpr bool kIs_any = true;
 

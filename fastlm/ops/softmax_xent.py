@@ -1,4 +1,7 @@
-"""softmax_xent: the cross-entropy of a softmax over the vocabulary, with its gradient, in one pass over the logits."""
+"""softmax_xent: the cross-entropy of a softmax over the vocabulary, with its gradient, in one pass over the logits.
+
+The loss of training, which never has all logits, is linear_xent's, and forced by that name.
+"""
 
 import torch
 

@@ -17,7 +17,9 @@ class Step:
     """Takes steps: micro-batches forward and backward, the gradient clipped, the update of model and optimizer.
 
     It keeps nothing from one step to the next and knows no files, reports or evaluation, so that another with the same
-    call, such as a captured one, can stand in its place. loader: data.loader's, for the sequences of each step.
+    call, such as a captured one, can stand in its place: that one must keep on the device what are numbers of the host
+    here, the norm that decides whether the step is taken, the learning rate and AdamW's step, and copy batch and seed
+    in. loader: data.loader's, for the sequences of each step.
     """
 
     def __init__(self, model, optimizer, loader, config):

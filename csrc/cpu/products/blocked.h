@@ -14,7 +14,7 @@
 
 namespace fastlm::cpu::FASTLM_ISA {
 
-constexpr int kTileRows = kRegisters == 32 ? 12 : kLanes == 8 ? 6 : 4;
+constexpr int kTileRows = kLanes == 16 ? 12 : kLanes == 8 ? 6 : 4;
 constexpr int kTileVectors = 2;
 constexpr int64_t kTileColumns = kTileVectors * kLanes;
 constexpr int64_t kDepth = 256;

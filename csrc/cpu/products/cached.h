@@ -6,7 +6,7 @@
 namespace fastlm::cpu::FASTLM_ISA {
 
 // Rows and vectors of C that stay in registers.
-constexpr int kRows = 4, kVectors = kRegisters == 32 ? 4 : 2;
+constexpr int kRows = 4, kVectors = kLanes == 16 ? 4 : 2;
 
 // C (kRows, vectors · kLanes) = or += A B over K, A's elements broadcast, B's rows loaded.
 template <bool add, int vectors>

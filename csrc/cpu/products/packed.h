@@ -57,8 +57,8 @@ struct Area {
 };
 
 // Rows and panels of the tiles of many rows: their sums fill the vector registers.
-constexpr int kManyRows = kRegisters == 32 ? 8 : kParts == 2 ? 6 : 2;
-constexpr int kPanelsOfMany = kRegisters == 32 ? 2 : 1;
+constexpr int kManyRows = kLanes == 16 ? 8 : kLanes == 8 ? 6 : 2;
+constexpr int kPanelsOfMany = kLanes == 16 ? 2 : 1;
 
 // What a kind of weights does, each in its own file.
 struct Kind {

@@ -4,7 +4,6 @@
 #include <immintrin.h>
 
 #define FASTLM_LANES 8
-#define FASTLM_REGISTERS 16
 #include "generic.h"
 
 namespace fastlm::cpu::FASTLM_ISA::machine {

@@ -4,7 +4,6 @@
 #include <immintrin.h>
 
 #define FASTLM_LANES 16
-#define FASTLM_REGISTERS 32
 #include "generic.h"
 
 namespace fastlm::cpu::FASTLM_ISA::machine {

@@ -12,12 +12,11 @@
 
 #ifndef FASTLM_LANES
 #define FASTLM_LANES 4
-#define FASTLM_REGISTERS 16
 #endif
 
 namespace fastlm::cpu::FASTLM_ISA {
 
-constexpr int kLanes = FASTLM_LANES, kRegisters = FASTLM_REGISTERS;  // floats of a vector, vectors in registers
+constexpr int kLanes = FASTLM_LANES;  // floats of a vector; those of 16 have 32 registers, the others 16 at least
 
 typedef float Floats __attribute__((vector_size(4 * kLanes)));
 typedef int32_t Ints __attribute__((vector_size(4 * kLanes)));
