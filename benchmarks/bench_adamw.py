@@ -15,11 +15,12 @@ SHAPES = {"cpu": [{"N": 2**23}], "cuda": [{"N": 124_439_808}]}
 DECISIVE = [({"N": 124_439_808}, ("torch.compile",))]  # on a GPU: sizes, and the peers that count
 SMALL = {"N": 1000}
 
+OPTIONS = {"learning_rate": 1e-3, "beta1": 0.9, "beta2": 0.95, "epsilon": 1e-8, "weight_decay": 0.1}
+
 
 def of_model(config, B, T):
     """Shapes of a model's training step (B, T), or of its decoding."""
     return [{"N": 12 * config.n_embd**2}]
-OPTIONS = {"learning_rate": 1e-3, "beta1": 0.9, "beta2": 0.95, "epsilon": 1e-8, "weight_decay": 0.1}
 
 
 def cases(shape, dtype, device):

@@ -27,14 +27,15 @@ DECISIVE = [  # on a GPU: sizes, and the peers that count
 ]
 SMALL = {"B": 1, "T": 16, "H": 2, "D": 16}
 
-
-def of_model(config, B, T):
-    """Shapes of a model's training step (B, T), or of its decoding."""
-    return [{"B": B, "T": T, "H": config.n_head, "D": config.n_embd // config.n_head}]
 PINNED = {
     "SDPA, math": SDPBackend.MATH, "cuDNN": SDPBackend.CUDNN_ATTENTION, "FlashAttention-2": SDPBackend.FLASH_ATTENTION,
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
 }
+
+
+def of_model(config, B, T):
+    """Shapes of a model's training step (B, T), or of its decoding."""
+    return [{"B": B, "T": T, "H": config.n_head, "D": config.n_embd // config.n_head}]
 
 
 def cases(shape, dtype, device):

@@ -84,7 +84,7 @@ def _generation(model):
 
         return prepare
 
-    half = config.n_positions // 2
+    half = max(config.n_positions // 2, 1)
     return [step(1, 1, half - 1), step(8, 1, half - 1), step(1, half, 0)]
 
 

@@ -17,6 +17,7 @@
 #include <string>
 #include <string_view>
 #include <type_traits>
+#include <utility>
 
 #include "declared.h"
 #include "fastlm.h"
@@ -44,21 +45,39 @@ constexpr char code() {
   }
 }
 
-// Whether the fields lie one behind the other, as the struct module packs them, and fill the struct.
-constexpr bool whole(const Field* fields, size_t count, size_t size) {
-  size_t end = 0, widest = 1;
+// Whether the fields lie as the struct module packs them.
+constexpr bool packed_alike(const Field* fields, size_t count) {
+  size_t end = 0;
   for (size_t i = 0; i < count; i++) {
     if (fields[i].offset != (end + fields[i].size - 1) / fields[i].size * fields[i].size) return false;
     end = fields[i].offset + fields[i].size;
-    if (fields[i].size > widest) widest = fields[i].size;
   }
-  return size == (end + widest - 1) / widest * widest;
+  return true;
 }
 
+// Whether an Op has as many members.
+struct Anything {
+  template <class Member>
+  operator Member() const;
+};
+
+template <class Op, size_t... i>
+constexpr bool takes(std::index_sequence<i...>) {
+  return requires { Op{((void)i, Anything{})...}; };
+}
+
+template <class Op, size_t count>
+constexpr bool has_members() {
+  return takes<Op>(std::make_index_sequence<count>()) && !takes<Op>(std::make_index_sequence<count + 1>());
+}
+
+constexpr size_t kLargest = 1024;  // bytes of a struct
+
 #define FASTLM_FIELD(Op, member) {#member, offsetof(Op, member), sizeof(Op::member), code<decltype(Op::member)>()},
-#define FASTLM_TABLE(Op)                                                      \
-  inline constexpr Field kFieldsOf##Op[] = {FASTLM_FIELDS_OF_##Op(FASTLM_FIELD)}; \
-  static_assert(whole(kFieldsOf##Op, std::size(kFieldsOf##Op), sizeof(Op)), #Op ": csrc/declared.py misses a member");
+#define FASTLM_TABLE(Op)                                                                                \
+  inline constexpr Field kFieldsOf##Op[] = {FASTLM_FIELDS_OF_##Op(FASTLM_FIELD)};                       \
+  static_assert(has_members<Op, std::size(kFieldsOf##Op)>(), #Op ": csrc/declared.py misses a member"); \
+  static_assert(packed_alike(kFieldsOf##Op, std::size(kFieldsOf##Op)) && sizeof(Op) <= kLargest);
 FASTLM_STRUCTS(FASTLM_TABLE)
 #undef FASTLM_TABLE
 #undef FASTLM_FIELD
@@ -68,7 +87,7 @@ template <class Queue>
 struct Bound {
   const char* name;
   const Field* fields;
-  size_t count, size;
+  size_t count;
   void (*run)(const void*, Queue);
 
   std::string format() const {
@@ -85,7 +104,7 @@ struct Bound {
 };
 
 #define FASTLM_BOUND(space, Queue, op, Op)                                                          \
-  Bound<Queue>{#op, kFieldsOf##Op, std::size(kFieldsOf##Op), sizeof(Op),                            \
+  Bound<Queue>{#op, kFieldsOf##Op, std::size(kFieldsOf##Op),                                        \
                [](const void* given, Queue queue) { space::op(*static_cast<const Op*>(given), queue); }}
 
 // A struct that was packed in Python.
@@ -95,7 +114,7 @@ class Packed {
   Packed(const Bound<Queue>& op, const py::bytes& fields) {
     const std::string_view given = fields;
     const Field& last = op.fields[op.count - 1];
-    if (given.size() != last.offset + last.size || op.size > sizeof(op_)) {
+    if (given.size() != last.offset + last.size) {
       throw std::invalid_argument(std::string(op.name) + ": its fields come in " + std::to_string(given.size()) +
                                   " bytes, wanted " + std::to_string(last.offset + last.size));
     }
@@ -104,7 +123,7 @@ class Packed {
   const void* get() const { return op_; }
 
  private:
-  alignas(std::max_align_t) char op_[1024];
+  alignas(std::max_align_t) char op_[kLargest] = {};
 };
 
 // Gives `m` its ops; `define` says how they are called.

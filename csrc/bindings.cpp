@@ -28,7 +28,9 @@ void bind_cpu(py::module_& m) {
   py::class_<Prepared>(m, "Prepared", py::module_local()).def("__call__", &Prepared::operator());
   bind(m, ops, [](auto& type) {
     type.def("__call__", [](const Bound<int>& op, const py::bytes& fields, int threads) {
-      Prepared{op, Packed(op, fields), threads}();
+      const Packed packed(op, fields);
+      py::gil_scoped_release release;
+      op.run(packed.get(), threads);
     }, py::arg("fields"), py::kw_only(), py::arg("threads"));
     type.def("prepared", [](const Bound<int>& op, const py::bytes& fields, int threads) {
       return Prepared{op, Packed(op, fields), threads};

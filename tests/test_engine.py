@@ -380,3 +380,20 @@ def test_the_same_bits_however_products_are_cut(kind):
     assert len(found) == 12
     for logits in found[1:]:
         assert all(torch.equal(*pair) for pair in zip(logits, found[0]))
+
+
+@pytest.mark.parametrize("cut", cuts.every("gpt2_step"), ids=str)
+@pytest.mark.parametrize("B", [2, 3, 4, 9])
+def test_blocks_of_rows_that_one_row_of_activations_fills(B, cut):
+    torch.manual_seed(0)
+    config = fastlm.GPT2Config(vocab_size=20, n_positions=4, n_embd=16, n_layer=1, n_head=1, n_inner=26000,
+                               bos_token_id=None, eos_token_id=None)
+    model = fastlm.GPT2(config).eval()
+
+    def logits(tokens):
+        cache = KVCache(config, len(tokens), 1, device="cpu", dtype=torch.float32)
+        return engine.Engine(model, cache).every(tokens).clone()
+
+    tokens = torch.arange(B)[:, None]
+    with tuned.trying("gpt2_step", cut):
+        assert torch.equal(logits(tokens), torch.cat([logits(tokens[b : b + 1]) for b in range(B)]))

@@ -35,6 +35,9 @@ def test_a_tensor_gives_its_address_and_the_strides_behind_it():
     ({"lse": "taken away", "lsd": 1}, f"{OP}: missing argument lse"),
     ({"stride_yn": 1, "M": 2}, f"{OP}: no argument M, stride_yn"),
     ({"N": 2.5}, f"{OP}: .*N=2.5"),
+    ({"N": None}, f"{OP}: .*N=None"),
+    ({"N": torch.zeros(2)}, f"{OP}: .*N=tensor"),
+    ({"V": torch.float32}, f"{OP}: .*V=torch.float32"),
     ({"ignore": "no"}, f"{OP}: .*ignore='no'"),
     ({"V": 2**63}, f"{OP}: .*V=9223372036854775808"),
     ({"x": 4096}, f"{OP}: missing argument stride_xn"),  # an address has no strides

@@ -82,6 +82,7 @@ CPU = {
     "prompts see too far": ("gpt2_step.cpp", "op.causal = kBottomRight", "op.causal = kFull"),
     "another row's number": ("gpt2_step.cpp", "op_.uniform[b * op_.stride_u + *op_.step]",
                              "op_.uniform[*op_.step]"),
+    "few rows in blocks": ("products/cut.h", "M < 4 ? M : up(", "up("),
     "a row's activations of another": ("products/tiles.h", "acts.row<typename W::Act>(m0)",
                                       "acts.row<typename W::Act>(0)"),
     "a head's values in place of its keys": ("paged.h", "copy(head.at<T>(head.k, s), k)",

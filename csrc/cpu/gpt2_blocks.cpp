@@ -1,7 +1,7 @@
 // Whole blocks of GPT-2 on the CPU, forward and backward, in one call each.
 //
-// The weights are packed (products/blocked.h), then threads take blocks of kRows rows and carry them through everything that treats
-// rows alone, in their own caches: up to qkv, and from o to y. Between is the attention (attention.cpp). Backward, dy
+// The weights are packed (products/blocked.h), then threads take blocks of kRows rows and carry them through everything
+// that treats rows alone, in their own caches: up to qkv, and from o to y. Between is the attention (attention.cpp). Backward, dy
 // being the gradient of y:
 //
 //   du = (dy W_down^T) slope;  dh2 = du W_up^T;  ds = dy + norm'(dh2);  do = ds W_proj^T            blocks of rows
@@ -92,8 +92,8 @@ class Packed {
     block<false>(products_[i], panels(i), m0, rows, 0, products_[i].N);
   }
 
-  // All products whose a lies in columns, by all threads of a team, in blocks of `width` columns, or fewer where that leaves
-  // not enough for everybody.
+  // All products whose a lies in columns, by all threads of a team, in blocks of `width` columns, or fewer where that
+  // leaves not enough for everybody.
   void transposed(int64_t width) const {
     const auto blocks = [&](const Product& op) { return ceil_div(op.M, kTall) * ceil_div(op.N, width); };
     const auto all = [&] {
@@ -152,8 +152,8 @@ void add_up(float* to, const float* sums, int64_t blocks, int64_t width) {
     for (int64_t c = 0; c < width; c++) to[c] += sums[i * width + c];
 }
 
-// body(m0, rows) for all rows of N, shared out among the threads of a team: at first `most` kRows of them, so that a panel is
-// fetched for many, in the end one, so that all come to an end together.
+// body(m0, rows) for all rows of N, shared out among the threads of a team: at first `most` kRows of them, so that a panel
+// is fetched for many, in the end one, so that all come to an end together.
 template <class Body>
 void for_rows(int64_t N, int64_t most, Body&& body) {
   std::vector<int64_t> starts{0};

@@ -4,7 +4,7 @@
 // processor wants its kIs_… below.
 #pragma once
 
-// X(name, processor, the compiler's flags, what the CPU must have): both beside those of the processor's rows above it.
+// X(name, processor, the compiler's flags, what the CPU must have), both beside those of its rows above it.
 #define FASTLM_ISAS(X) \
   X(generic, any, "", true) \
   X(avx2, x86_64, "-mavx2 -mfma -mf16c", has("avx2") && has("fma") && has("f16c")) \

@@ -28,7 +28,7 @@ void append(const PagedHead& head, int64_t s, const float* k, const float* v) {
   copy(head.at<T>(head.k, s), k), copy(head.at<T>(head.v, s), v);
 }
 
-// o (D,) = softmax(q·k) v over the positions below `length`; q, scaled, and sums (Dp,) are 0 behind D, sums everywhere.
+// o (D,) = softmax(q·k) v over the positions below `length`; q (Dp,), scaled, is 0 behind D, sums (Dp,) everywhere.
 template <class T>
 void attend(float* o, float* sums, const float* q, const PagedHead& head, int64_t length) {
   const auto rows = [&](void* first, int64_t s) {

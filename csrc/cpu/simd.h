@@ -1,6 +1,6 @@
 // A vector of kLanes floats for the instruction set this file is compiled for, through GCC and Clang's vector
-// extensions: one source, lowered to SSE2, AVX2 or AVX-512 (or another machine's vectors). What an instruction set offers
-// beside that is in simd/<its name>.h.
+// extensions: one source, lowered to SSE2, AVX2 or AVX-512 (or another machine's vectors). What an instruction set
+// offers beside that is in simd/<its name>.h.
 #pragma once
 
 #include <cmath>

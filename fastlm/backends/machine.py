@@ -11,8 +11,17 @@ import torch
 TESTED = (2, 10), (2, 15)  # the lowest and the highest release of torch, as pyproject.toml has them
 LOWEST = (8, 0)  # the compute capability that the CUDA kernels need, as CMakeLists.txt has it
 ALL = "FASTLM_TARGETS=all pip install -e ."
+
+
+def _is_here(module):
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ValueError:  # imported already, and by no usual way
+        return True
+
+
 # Looked for here and not where they are asked for: torch 2.10's compiler cannot trace the search.
-NATIVE, TRITON = (importlib.util.find_spec(name) is not None for name in ("fastlm._C", "triton"))
+NATIVE, TRITON = _is_here("fastlm._C"), _is_here("triton")
 
 
 def untested_torch():
@@ -35,9 +44,11 @@ def _native():
     if not NATIVE:
         return "the compiled kernels were not built: install a C++ compiler and reinstall fastlm"
     try:
-        import fastlm._C  # noqa: F401
+        import fastlm._C
     except ImportError as error:
         return f"the compiled kernels do not load ({error}): reinstall fastlm"
+    if not hasattr(fastlm._C.cpu, "ops"):
+        return "the compiled kernels are of another version of fastlm: reinstall it"
     return None
 
 

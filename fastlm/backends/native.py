@@ -28,34 +28,34 @@ class _Struct:
 
     def __init__(self, op, name):
         self.name, self.run = name, op
-        self._names, self._struct = op.fields, struct.Struct(op.format)
+        self._fields, self._struct = tuple(zip(op.fields, op.format)), struct.Struct(op.format)
 
     def pack(self, given):
         values, taken, behind = [], 0, None
-        for name in self._names:
+        for name, code in self._fields:
             if name in given:
                 value = given[name]
                 taken += 1
                 behind = None
-                if isinstance(value, torch.Tensor):
+                if code != "P":
+                    value = _DTYPES.get(value, value) if code == "i" else value
+                elif isinstance(value, torch.Tensor):
                     behind = iter(value.stride())
                     value = value.data_ptr()
                 elif value is None:
                     behind = repeat(0)
                     value = 0
-                elif isinstance(value, torch.dtype):
-                    value = _DTYPES[value]
             elif behind is not None and name.startswith("stride_"):
                 value = next(behind, None)
             else:
                 raise TypeError(f"{self.name}: missing argument {name}")
             values.append(value)
         if taken != len(given):
-            raise TypeError(f"{self.name}: no argument {', '.join(sorted(set(given) - set(self._names)))}")
+            raise TypeError(f"{self.name}: no argument {', '.join(sorted(set(given) - dict(self._fields).keys()))}")
         try:
             return self._struct.pack(*values)
-        except struct.error as error:
-            told = ", ".join(f"{name}={value!r}" for name, value in zip(self._names, values))
+        except (struct.error, RuntimeError, TypeError, ValueError) as error:
+            told = ", ".join(f"{name}={value!r}" for (name, _), value in zip(self._fields, values))
             raise TypeError(f"{self.name}: {error}: {told}") from None
 
 
@@ -235,7 +235,7 @@ def _dropped(dropout, seed):
     return {"drop": drop, "seed": seed.contiguous() if drop else None}
 
 
-if _C is not None:
+if _C is not None and hasattr(_C.cpu, "ops"):  # without: of another version
     cpu = Launchers(_C.cpu, lambda device: {"threads": torch.get_num_threads()})
     if hasattr(_C, "cuda"):
         cuda = Launchers(

@@ -3,6 +3,7 @@
 `fastlm tune` takes the fastest of the candidates, over which the tests run; unless it has, they are the usual ones.
 """
 
+import functools
 from itertools import product
 
 # by op, and by what csrc/fastlm.h calls cut_…: the usual one first
@@ -13,6 +14,7 @@ CANDIDATES = {
 DTYPES = {"gpt2_step": ("fp32", "bf16", "int8", "int4"), "gpt2_blocks": ("fp32",)}  # of the weights
 
 
+@functools.cache
 def every(op):
     """All combinations of an op's candidates, the usual one first: [{name: value}]."""
     return [dict(zip(CANDIDATES[op], values)) for values in product(*CANDIDATES[op].values())]

@@ -1,21 +1,25 @@
-"""The public ops: each checks its arguments once, knows its gradient, and makes one call.
+"""The public ops: each checks its arguments once, knows its gradient, and makes one call."""
 
-A file here is an op; its __all__ is what of it is public.
-"""
+import sys
 
-from importlib import import_module
-from pathlib import Path
+from fastlm.dispatch.forcing import use  # from here, so that the table is full when a backend is chosen
+from fastlm.ops.adamw import adamw_
+from fastlm.ops.attention import attention, attention_qkv
+from fastlm.ops.bias_gelu import bias_gelu
+from fastlm.ops.cache_append import cache_append_
+from fastlm.ops.decode_attention import decode_attention
+from fastlm.ops.gpt2_blocks import BLOCK_WEIGHTS, gpt2_blocks
+from fastlm.ops.grad_norm import grad_norm
+from fastlm.ops.layer_norm import layer_norm
+from fastlm.ops.linear_xent import linear_xent
+from fastlm.ops.softmax_xent import softmax_xent
 
-from fastlm.dispatch.forcing import use
-
-FAMILIES = sorted(path.stem for path in Path(__file__).parent.glob("*.py") if path.stem not in ("__init__", "checks"))
-_modules = {family: import_module(f"{__name__}.{family}") for family in FAMILIES}
-_public = {name: getattr(module, name) for module in _modules.values() for name in module.__all__}
-globals().update(_public)
-__all__ = ["use"]
-__all__.extend(_public)
+__all__ = ["BLOCK_WEIGHTS", "adamw_", "attention", "attention_qkv", "bias_gelu", "cache_append_",
+           "decode_attention", "gpt2_blocks", "grad_norm", "layer_norm", "linear_xent", "softmax_xent", "use"]
+FAMILIES = ("adamw", "attention", "bias_gelu", "cache_append", "decode_attention", "gpt2_blocks", "grad_norm",
+            "layer_norm", "linear_xent", "softmax_xent")  # a file each
 
 
 def module(family):
-    """The module of an op, whose name is also a function's."""
-    return _modules[family]
+    """The module of an op, whose name is a function's too."""
+    return sys.modules[f"{__name__}.{family}"]

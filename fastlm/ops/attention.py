@@ -107,7 +107,11 @@ def _backward_order(do, *_):
 
 # Every variant's first argument, q, qkv or do, tells device, dtype, T and D; its last but one is dropout.
 def _key(x, *rest):
-    return x.device, x.dtype, x.shape[-1], rest[-2] > 0, x.shape[1] <= SHORT
+    return x.device, x.dtype, x.shape[-1], rest[-2] > 0
+
+
+def _backward_key(do, *rest):
+    return *_key(do, *rest), do.shape[1] <= SHORT  # as _backward_order
 
 
 def _limits(backend, x, *rest):
@@ -134,9 +138,10 @@ def _bwd_fake(do, *rest):
 
 
 _OPTIONS = "int causal, float scale, float dropout, Tensor? seed"
-_ROW = {"family": "attention", "key": _key, "limits": _limits}
-_FORWARD = {**_ROW, "kernels": KERNELS, "order": ORDER, "fake": _fwd_fake}
-_BACKWARD = {**_ROW, "kernels": BACKWARD, "order": {**ORDER, "cuda": _backward_order}, "fake": _bwd_fake}
+_ROW = {"family": "attention", "limits": _limits}
+_FORWARD = {**_ROW, "kernels": KERNELS, "order": ORDER, "key": _key, "fake": _fwd_fake}
+_BACKWARD = {**_ROW, "kernels": BACKWARD, "order": {**ORDER, "cuda": _backward_order}, "key": _backward_key,
+             "fake": _bwd_fake}
 _fwd = define(f"attention_fwd(Tensor q, Tensor k, Tensor v, {_OPTIONS}) -> (Tensor o, Tensor lse)", **_FORWARD)
 _bwd = define(
     f"attention_bwd(Tensor do, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, {_OPTIONS})"

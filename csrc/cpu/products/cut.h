@@ -21,8 +21,9 @@ void product(Walk& walk, const Kind& kind, const Packed& packed, const Acts& act
   const int64_t panels = packed.panels();
   int64_t chunk = cut.panels;
   while (chunk > 1 && panels / chunk < 3 * threads) chunk /= 2;  // enough for everybody
-  const int64_t most = M < 4 ? cut.panels : kPanelsOfMany;         // that one reading of the activations serves
-  const int64_t block = up(std::max(cut.bytes / (packed.K * kind.act_bytes), int64_t(1)), kManyRows);
+  // Few rows go through many panels side by side, all of them at once; others in blocks.
+  const int64_t most = M < 4 ? cut.panels : kPanelsOfMany;
+  const int64_t block = M < 4 ? M : up(std::max(cut.bytes / (packed.K * kind.act_bytes), int64_t(1)), kManyRows);
   bool ready = false;
   walk.run((panels + chunk - 1) / chunk, [&](int64_t i) {
     if (!ready) prepare(), ready = true;

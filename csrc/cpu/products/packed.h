@@ -51,7 +51,7 @@ struct Output {
 };
 
 // Rows m … end_m of a product with the panels p … end_p, at most `most` of them side by side; with more than
-// kPanelsOfMany side by side the rows are 1 … 3.
+// kPanelsOfMany side by side the rows are 0 … 1, 2 or 3.
 struct Area {
   int64_t m, end_m, p, end_p, most;
 };
