@@ -386,8 +386,8 @@ def test_the_same_bits_however_products_are_cut(kind):
 @pytest.mark.parametrize("B", [2, 3, 4, 9])
 def test_blocks_of_rows_that_one_row_of_activations_fills(B, cut):
     torch.manual_seed(0)
-    config = fastlm.GPT2Config(vocab_size=20, n_positions=4, n_embd=16, n_layer=1, n_head=1, n_inner=26000,
-                               bos_token_id=None, eos_token_id=None)
+    config = fastlm.GPT2Config(vocab_size=20, n_positions=4, n_embd=192, n_layer=1, n_head=1, n_inner=26000,
+                               bos_token_id=None, eos_token_id=None)  # of 192 outputs a chunk has several panels
     model = fastlm.GPT2(config).eval()
 
     def logits(tokens):
