@@ -44,7 +44,7 @@ def _native():
     if not NATIVE:
         return "the compiled kernels were not built: install a C++ compiler and reinstall fastlm"
     try:
-        import fastlm._C
+        import fastlm._C as _C
     except ImportError as error:
         return f"the compiled kernels do not load ({error}): reinstall fastlm"
     if not hasattr(_C.cpu, "ops"):
