@@ -209,7 +209,9 @@ class Run:
 
     def child(self, name, command, limit, told):
         """Runs a command, its rows and lines recorded as they come; the exit code, LATE past the limit."""
-        environment = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONFAULTHANDLER": "1",
+        # Interpreted kernels must not stand in for the GPU's.
+        inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+        environment = {**inherited, "PYTHONUNBUFFERED": "1", "PYTHONFAULTHANDLER": "1",
                        "FASTLM_STEP_SECONDS": str(limit)}
         if self.wheels is not None or os.listdir(self.site):
             environment["PYTHONPATH"] = os.pathsep.join(filter(None, (self.site, os.environ.get("PYTHONPATH"))))
