@@ -199,10 +199,9 @@ class GPT2(nn.Module):
     def loss(self, tokens, targets, *, seed=None):
         """The loss of `model(tokens, targets)` without its logits, which never exist as a whole: what to train with."""
         self._check_targets(tokens, targets)
-        hidden = self.hidden(tokens, seed=seed, sparse=self.adds_few_rows(tokens))
         if not fast_path.is_plain(self.lm_head, nn.Linear) or self.lm_head.bias is not None:
-            logits = self.lm_head(hidden)
-            return softmax_xent(logits.view(-1, logits.shape[-1]), targets.reshape(-1))
+            return self.forward(tokens, targets, seed=seed)[1]
+        hidden = self.hidden(tokens, seed=seed, sparse=self.adds_few_rows(tokens))
         return linear_xent(hidden.view(-1, hidden.shape[-1]), self.lm_head.weight, targets.reshape(-1))
 
     def adds_few_rows(self, tokens):

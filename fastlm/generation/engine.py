@@ -182,8 +182,8 @@ def _check_cache(cache, layers, H, D):
         for layer, held in enumerate(pages):
             _check_tensor(f"{name}[{layer}]", held, first.dtype, (len(first), first.shape[1], H, D), first.stride())
     if first.dtype not in KINDS or first.stride(3) != 1:
-        raise ValueError(f"engine: k_pages are {first.dtype} with strides {first.stride()}, wanted float32 or bfloat16, "
-                         "a head's numbers side by side")
+        raise ValueError(f"engine: k_pages are {first.dtype} with strides {first.stride()}, wanted float32 or "
+                         "bfloat16, a head's numbers side by side")
     _check_tensor("block_table", cache.block_table, torch.int32, (len(cache.lengths), cache.block_table.shape[-1]))
     _check_tensor("lengths", cache.lengths, torch.int32, (len(cache.lengths),))
 
@@ -240,16 +240,18 @@ def on_huge_pages(tensor):
 
 def packed(model, tokens=1):
     """The Packed weights of a model, made anew where its weights have changed; tokens: how many a row they are for."""
-    fit = fast_path.sizes(model)[0]._replace(weights=[])  # those belong to the model
-    return derived.of(model, _weights(model), lambda: Packed(model, fit, model.quantised or KINDS[model.dtype]),
-                      note=(model.quantised, fit), whole=tokens >= WORTH_READING)
+    found, _ = fast_path.sizes(model)
+    sizes = found._replace(weights=[])  # those belong to the model
+    return derived.of(model, _weights(model, found.weights),
+                      lambda: Packed(model, sizes, model.quantised or KINDS[model.dtype]),
+                      note=(model.quantised, sizes), whole=tokens >= WORTH_READING)
 
 
-def _weights(model):
+def _weights(model, blocks):
     parts = model.transformer
     ends = parts.wte.weight, parts.wpe.weight, parts.ln_f.weight, parts.ln_f.bias
     head = [] if model.lm_head.weight is parts.wte.weight else [model.lm_head.weight]
-    return [*ends, *head, *(weight for block in parts.h for weight in block.weights())]
+    return [*ends, *head, *(weight for own in blocks for weight in own)]
 
 
 def pack(w, kind):
