@@ -292,7 +292,7 @@ struct Gpt2Step {
   const float* ln_f_w;        // in  (C,)
   const float* ln_f_b;
   const void* wte;            // in  (V, C), dtype
-  const void* wpe;            // in  (positions, C), dtype
+  const void* wpe;            // in  (P, C), dtype
   const int64_t* tokens;      // in  (B, T)
   int32_t* positions;         // in  (B,), out: more by counts
   const int32_t* counts;      // in  (B,)
@@ -303,6 +303,8 @@ struct Gpt2Step {
   double temperature, top_p;
   int64_t stride_p, stride_s, stride_h;  // of k_pages and v_pages: a page, a position, a head
   int64_t B, T, L, H, D, V, inner, page, max_pages, every;
+  int64_t pages, P, steps;    // of k_pages and v_pages, rows of wpe, columns of uniform: what no id, count, position or
+                              //     entry of the table may pass
   int64_t cut_panels, cut_bytes;  // how products are cut, which changes no bit: csrc/cpu/products/cut.h
   float epsilon;
   Weights weights, head_weights;
@@ -322,6 +324,16 @@ struct Draw {
 
 constexpr int64_t kBad = -2;  // in place of a token
 
+constexpr int64_t kChecksums = 31;  // a prime: lines so far apart meet every row, and every column, of most matrices
+
+// Checksums of spans of memory, in lines of 64 bytes: sum k is over the lines of every span whose number, modulo how far
+// the lines of its sums lie apart, is k modulo that.
+struct Checksum {
+  int64_t* sums;         // out (kChecksums,)
+  const int64_t* spans;  // in  (count, 3) address, bytes, from 1 to kChecksums: how far the lines of a sum lie apart
+  int64_t count, only;   // the one sum that is wanted, the others being 0; below 0: all
+};
+
 namespace cpu {
 void softmax_xent_fwd(const SoftmaxXentFwd& op, int threads);
 void softmax_xent_bwd(const SoftmaxXentBwd& op, int threads);
@@ -340,6 +352,7 @@ void decode_attention(const DecodeAttention& op, int threads);
 void cache_append_(const CacheAppend& op, int threads);
 void gpt2_step(const Gpt2Step& op, int threads);
 void draw(const Draw& op, int threads);
+void checksum(const Checksum& op, int threads);
 
 // The instruction set the kernels run on: "avx512bf16", "avx512", "avx2" or "generic"; FASTLM_CPU_ISA asks for a lower one.
 const char* isa();

@@ -3,67 +3,176 @@
     whole blocks    gpt2_blocks takes several at once, on a CPU in fp32 without dropout
     sums in norms   a block leaves its last sum to the next norm, which makes it in its own pass
 
-Two more lie in fastlm/generation: the engine of a CPU, and a step's padded head. All ask `why_not` first: a hook, or a
-forward of somebody's own, would be passed over without a word. Where none serves, the model calls block after block.
+Two more lie in fastlm/generation: the engine of a CPU, and a step's padded head. All ask here first, `why_not` whether
+the modules are what they are taken for, `sizes` whether they fit each other: else a hook, or a forward of somebody's
+own, would be passed over without a word. Where none serves, the model calls block after block, and `tell` warns once.
 """
+
+import warnings
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
 from fastlm.backends.machine import machine_why_not
 from fastlm.dispatch.forcing import forced
-from fastlm.ops import gpt2_blocks
+from fastlm.ops import BLOCK_WEIGHTS, gpt2_blocks
 
 AT_ONCE = 2**22  # weights of the blocks that one call of gpt2_blocks takes: their gradients exist together
 PARTS = "layer_norm", "attention", "bias_gelu"  # the ops that whole blocks stand for
-_PLAIN = {nn.ModuleDict, nn.ModuleList, nn.Embedding, nn.Linear}  # the classes whose forward the fast paths know
+HOOKS = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"  # of a module
+CALLS = "__call__", "_call_impl", "forward", "unadded", "hidden"  # what a fast path stands for, of a class that has it
 
 
-def plain(kind):
-    """The class `kind` itself: a decorator for those whose forward, as it is written, the fast paths reproduce."""
-    _PLAIN.add(kind)
-    return kind
+class _Plain(NamedTuple):
+    calls: dict  # CALLS of the class, when it was declared
+    parts: dict  # name → class of the module in that place; a dict is a ModuleDict of such, a list a ModuleList of one
 
 
-def why_not(model, modules=None):
-    """None where `modules` of a model, all unless given, may be stepped over, else the sentence which may not, and why.
+_PLAIN = {}  # the classes whose forward, as it is written, the fast paths reproduce
 
-    It may where it and all below it are of exactly the classes of gpt2.py and torch that are plain, without a hook.
+
+def plain(**parts):
+    """A decorator for such a class; parts name the modules that it is made of, and their classes."""
+    def declare(kind):
+        _PLAIN[kind] = _Plain({name: getattr(kind, name, None) for name in CALLS}, parts)
+        return kind
+
+    return declare
+
+
+for _kind in nn.ModuleDict, nn.ModuleList, nn.Embedding, nn.Linear:
+    plain()(_kind)
+
+
+def why_not(model, path=""):
+    """None where a model, or the part of it at `path`, may be stepped over, else the sentence which may not, and why.
+
+    It may where it and all below it are of exactly the classes that gpt2.py puts there, with the forward that these had
+    when they were declared, and without a hook.
     """
-    for module in (model,) if modules is None else modules:
-        if (odd := _odd(module)) is not None:
-            name = next((name for name, other in model.named_modules() if other is odd), "") or "the model"
-            told = "has hooks" if type(odd) in _PLAIN else f"is of a class of its own, {type(odd).__name__}"
-            return f"{name} {told}, which a fast path would not call"
-    return None
+    if (odd := _odd_of(model, path)) is None:
+        return None
+    name, told, _ = odd
+    return f"{name or 'the model'} {told}, which a fast path would not call"
 
 
-def _odd(module):
-    """The first module, of one and all below it, that is not plain, or None."""
-    if type(module) not in _PLAIN or (module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
-                                      or module._backward_pre_hooks):
-        return module
-    for part in module._modules.values():
-        if (odd := _odd(part)) is not None:
+def _odd_of(model, path=""):
+    if _hooked_all():
+        return "torch.nn.modules.module", "has hooks for all modules", False
+    place = next((kind for kind in type(model).__mro__ if kind in _PLAIN), type(model))
+    module = model
+    for name in path.split(".") if path else ():
+        module, place = getattr(module, name), (place if isinstance(place, dict) else _PLAIN[place].parts)[name]
+    return _odd(path, module, place, [kind for kind in _PLAIN if _patched(kind)])
+
+
+def _odd(name, module, place, patched):
+    """(name, what it is, whether by our own doing) of the first of a module, and all below it, that is not plain."""
+    kind = nn.ModuleDict if isinstance(place, dict) else nn.ModuleList if isinstance(place, list) else place
+    if type(module) is not kind:
+        known = type(module) in _PLAIN
+        return name, f"is {'a ' if known else 'of a class of its own, '}{type(module).__name__}", False
+    if kind in patched:
+        return name, f"is a {kind.__name__} whose forward was replaced", False
+    if "forward" in module.__dict__:
+        return name, "has a forward of its own", False
+    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+        return name, "has hooks", all(_ours(hook) for hooks in HOOKS for hook in getattr(module, hooks).values())
+    if isinstance(place, list):
+        parts = [(part, place[0]) for part in module._modules]
+    else:
+        parts = (place if isinstance(place, dict) else _PLAIN[place].parts).items()
+    for part, of in parts:
+        if (odd := _odd(f"{name}.{part}" if name else part, module._modules.get(part), of, patched)) is not None:
             return odd
     return None
 
 
-def hidden(model, x, cache, seeds):
+def is_plain(module, kind):
+    """Whether a module is of exactly the plain class `kind`, and nobody else has a part in its forward."""
+    return not _hooked_all() and _odd("", module, kind, [kind] if _patched(kind) else []) is None
+
+
+def _hooked_all():
+    return any(getattr(nn.modules.module, f"_global{kind}", None) for kind in HOOKS)
+
+
+def _patched(kind):
+    return any(getattr(kind, name, None) is not call for name, call in _PLAIN[kind].calls.items())
+
+
+def _ours(hook):
+    return (getattr(hook, "__module__", None) or "").startswith(("fastlm.", "benchmarks."))
+
+
+_told = set()
+
+
+def tell(model, path=""):
+    """Warns, once for every sentence, why the modules of a model that is not plain, or does not fit, are called."""
+    if torch.compiler.is_compiling() or ((odd := _odd_of(model, path)) is not None and odd[2]):
+        return
+    sentence = why_not(model, path) or sizes(model)[1]
+    if sentence is not None and sentence not in _told:
+        _told.add(sentence)
+        warnings.warn(f"fastlm: {sentence}; the model's own modules run, which takes longer", stacklevel=4)
+
+
+class Sizes(NamedTuple):
+    """What blocks are, by their parameters."""
+
+    C: int
+    heads: int
+    inner: int
+    epsilon: float
+    dtype: torch.dtype
+    weights: list  # of all blocks, in gpt2_blocks' order
+
+
+def sizes(model):
+    """(Sizes, None) of a model's plain blocks, or (None, the sentence which of them does not fit the others)."""
+    blocks = model.transformer.h
+    if not len(blocks):
+        return None, "transformer.h has no blocks"
+    weights = [block.weights() for block in blocks]
+    norm, inner = weights[0][0], weights[0][8]
+    if norm is None or inner is None or norm.dim() != 1 or inner.dim() != 2:
+        return None, "transformer.h.0 lacks weights that blocks have, or has them in other dimensions"
+    by_letter = {"C": len(norm), "3C": 3 * len(norm), "F": inner.shape[1]}
+    wanted = [tuple(by_letter[letter] for letter in shape.split()) for shape in BLOCK_WEIGHTS.values()]
+    heads, epsilon = blocks[0].attn.n_head, blocks[0].ln_1.eps
+    for layer, (block, own) in enumerate(zip(blocks, weights)):
+        for name, weight, shape in zip(BLOCK_WEIGHTS, own, wanted):
+            if weight is None or weight.shape != shape or weight.dtype != norm.dtype or weight.device != norm.device:
+                told = "missing" if weight is None else f"{tuple(weight.shape)} {weight.dtype} on {weight.device}"
+                return None, f"transformer.h.{layer}.{name} is {told}, wanted {shape} {norm.dtype} on {norm.device}"
+        if block.attn.n_head != heads or (block.ln_1.eps, block.ln_2.eps) != (epsilon, epsilon):
+            return None, f"transformer.h.{layer} has another number of heads, or epsilon, than transformer.h.0"
+    if not isinstance(heads, int) or heads < 1 or len(norm) % heads:
+        return None, f"transformer.h.0.attn.n_head is {heads}, which does not divide {len(norm)}"
+    return Sizes(len(norm), heads, inner.shape[1], epsilon, norm.dtype, weights), None
+
+
+def hidden(model, x, attends, seeds):
     """The normalised hidden states (B, T, C) behind a model's blocks, of their input x, or None: no fast path serves.
 
-    cache and seeds, one a layer, are those of the blocks' forward.
+    attends and seeds, one a layer, are those of the blocks' forward.
     """
     blocks, ln_f = model.transformer.h, model.transformer.ln_f
-    if why_not(model, blocks) is not None:
+    if why_not(model, "transformer.h") is not None:
+        tell(model, "transformer.h")
         return None
-    if cache is None and whole_why_not(model, x) is None:
-        return ln_f(_whole(model.config, blocks, x))
-    if not len(blocks) or why_not(model, [ln_f]) is not None:
+    if not any(attends) and whole_why_not(model, x) is None:
+        fit, told = sizes(model)
+        if told is None and (fit.C, fit.dtype) == (x.shape[-1], x.dtype):
+            return ln_f(_whole(fit, x))
+        tell(model, "transformer.h")
+    if not len(blocks) or why_not(model, "transformer.ln_f") is not None:
         return None
     added = None
-    for block, seed in zip(blocks, seeds):
-        x, added = block.unadded(x, added, cache, seed)
+    for block, attend, seed in zip(blocks, attends, seeds, strict=True):
+        x, added = block.unadded(x, added, attend, seed)
     return ln_f(added, x)[0]
 
 
@@ -74,7 +183,8 @@ def whole_why_not(model, x):
     """
     if x.device.type != "cpu" or x.dtype != torch.float32 or model.dtype != x.dtype or torch.is_autocast_enabled("cpu"):
         return f"whole blocks run on a CPU in float32, without autocast; x is {x.dtype} on {x.device}"
-    if model.training and (model.config.attn_pdrop or model.config.resid_pdrop):
+    parts = [part for block in model.transformer.h for part in (block.attn, block.mlp)]
+    if (model.training and model.config.attn_pdrop) or any(part.training and part.residual_dropout for part in parts):
         return "whole blocks have no dropout"
     if (backend := forced("gpt2_blocks")) is not None:
         return None if backend == "cpu" else f"the backend {backend} is forced: the parts run"
@@ -83,9 +193,9 @@ def whole_why_not(model, x):
     return next((f"a backend is forced for {part}: the parts run" for part in PARTS if forced(part)), None)
 
 
-def _whole(config, blocks, x):
-    many = max(1, AT_ONCE // (12 * config.n_embd**2))
-    for first in range(0, len(blocks), many):
-        weights = [weight for block in blocks[first : first + many] for weight in block.weights()]
-        x = gpt2_blocks(x, weights, heads=config.n_head, epsilon=config.layer_norm_epsilon)
+def _whole(fit, x):
+    many = max(1, AT_ONCE // (12 * fit.C**2))
+    for first in range(0, len(fit.weights), many):
+        weights = [weight for own in fit.weights[first : first + many] for weight in own]
+        x = gpt2_blocks(x, weights, heads=fit.heads, epsilon=fit.epsilon)
     return x

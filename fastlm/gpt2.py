@@ -3,6 +3,8 @@
     tokens (B, T) → x = wte + wpe (B, T, C) → L × [x += attn(ln_1(x)); x += mlp(ln_2(x))] → ln_f → logits (B, T, V)
 """
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -14,7 +16,7 @@ from fastlm.ops import attention_qkv, bias_gelu, layer_norm, linear_xent, softma
 __all__ = ["GPT2", "GPT2Config"]
 
 
-@fast_path.plain
+@fast_path.plain()
 class Conv1D(nn.Module):
     """x W + b with W (in, out), the layout of OpenAI's checkpoints."""
 
@@ -29,13 +31,13 @@ class Conv1D(nn.Module):
         return flat.view(*x.shape[:-1], self.weight.shape[1])
 
 
-@fast_path.plain
+@fast_path.plain()
 class Embedding(nn.Embedding):
     def forward(self, tokens, sparse=False):
         return F.embedding(tokens, self.weight, sparse=sparse)
 
 
-@fast_path.plain
+@fast_path.plain()
 class LayerNorm(nn.LayerNorm):
     """x (B, T, C) normalised, in autocast's dtype where that is on; with a residual, x + residual, and the sum too."""
 
@@ -46,21 +48,21 @@ class LayerNorm(nn.LayerNorm):
         return y.view(x.shape) if residual is None else (y[0].view(x.shape), y[1].view(x.shape))
 
 
-@fast_path.plain
+@fast_path.plain(c_attn=Conv1D, c_proj=Conv1D)
 class Attention(nn.Module):
-    def __init__(self, config, layer):
+    def __init__(self, config):
         super().__init__()
         C, L = config.n_embd, config.n_layer
-        self.n_head, self.layer = config.n_head, layer
+        self.n_head = config.n_head
         self.dropout, self.residual_dropout = config.attn_pdrop, config.resid_pdrop
         self.c_attn = Conv1D(C, 3 * C, config.initializer_range)
         self.c_proj = Conv1D(C, C, config.initializer_range / (2 * L) ** 0.5)
 
-    def forward(self, x, cache, seed):
+    def forward(self, x, attend, seed):
         B, T, C = x.shape
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
-        if cache is not None:
-            o = cache.attend(self.layer, qkv)
+        if attend is not None:
+            o = attend(qkv)
         elif seed is None:
             o = attention_qkv(qkv)
         else:
@@ -68,7 +70,7 @@ class Attention(nn.Module):
         return F.dropout(self.c_proj(o.reshape(B, T, C)), self.residual_dropout, self.training)
 
 
-@fast_path.plain
+@fast_path.plain(c_fc=Conv1D, c_proj=Conv1D)
 class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
@@ -78,28 +80,33 @@ class MLP(nn.Module):
         self.c_proj = Conv1D(inner, C, config.initializer_range / (2 * L) ** 0.5)
 
     def forward(self, x):
-        u = self.c_fc(x, bias=False)
-        x = self.c_proj(bias_gelu(u.view(-1, u.shape[-1]), self.c_fc.bias)).view(x.shape)
+        if fast_path.is_plain(self.c_fc, Conv1D):
+            u, bias = self.c_fc(x, bias=False), self.c_fc.bias
+        else:
+            u = self.c_fc(x)
+            bias = u.new_zeros(u.shape[-1])
+        x = self.c_proj(bias_gelu(u.reshape(-1, u.shape[-1]), bias)).view(x.shape)
         return F.dropout(x, self.residual_dropout, self.training)
 
 
-@fast_path.plain
+@fast_path.plain(ln_1=LayerNorm, attn=Attention, ln_2=LayerNorm, mlp=MLP)
 class Block(nn.Module):
-    def __init__(self, config, layer):
+    def __init__(self, config):
         super().__init__()
         self.ln_1 = LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
-        self.attn = Attention(config, layer)
+        self.attn = Attention(config)
         self.ln_2 = LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
         self.mlp = MLP(config)
 
-    def forward(self, x, cache, seed):
-        x, added = self.unadded(x, None, cache, seed)
+    def forward(self, x, attend, seed):
+        """x (B, T, C) behind the block; attend: qkv (B, T, 3, H, D) → o (B, T, H, D), in causal attention's place."""
+        x, added = self.unadded(x, None, attend, seed)
         return x + added
 
-    def unadded(self, x, added, cache, seed):
+    def unadded(self, x, added, attend, seed):
         """(x, added) behind the block of x + added: a sum that the next norm makes in its own pass."""
         normed, x = (self.ln_1(x), x) if added is None else self.ln_1(added, x)
-        normed, x = self.ln_2(self.attn(normed, cache, seed), x)
+        normed, x = self.ln_2(self.attn(normed, attend, seed), x)
         return x, self.mlp(normed)
 
     def weights(self):
@@ -108,7 +115,9 @@ class Block(nn.Module):
         return [weight for part in parts for weight in (part.weight, part.bias)]
 
 
-@fast_path.plain
+@fast_path.plain(
+    transformer={"wte": Embedding, "wpe": nn.Embedding, "h": [Block], "ln_f": LayerNorm}, lm_head=nn.Linear
+)
 class GPT2(nn.Module):
     """`model(tokens, targets)` → (logits (B, T, V), loss); `loss`, `generate`, `from_pretrained`, `save_pretrained`.
 
@@ -125,7 +134,7 @@ class GPT2(nn.Module):
         self.transformer = nn.ModuleDict({
             "wte": Embedding.from_pretrained(torch.empty(V, C).normal_(std=std), freeze=False),
             "wpe": nn.Embedding.from_pretrained(torch.empty(config.n_positions, C).normal_(std=std), freeze=False),
-            "h": nn.ModuleList(Block(config, layer) for layer in range(config.n_layer)),
+            "h": nn.ModuleList(Block(config) for _ in range(config.n_layer)),
             "ln_f": LayerNorm(C, eps=config.layer_norm_epsilon),
         })
         self.lm_head = nn.Linear(C, V, bias=False, device="meta")
@@ -146,26 +155,31 @@ class GPT2(nn.Module):
         """The final hidden states (B, T, C), normalised, of tokens (B, T) int64.
 
         positions (B, T) int64, 0 … T-1 unless given; cache, an object whose `attend(layer, qkv)` returns (B, T, H, D),
-        takes the place of causal attention; seed (4,) int64 names the attention dropout (drawn where it is needed);
+        takes the place of causal attention, and of its dropout; seed (4,) int64 names that (drawn where it is needed);
         sparse: the embedding's gradient is a sparse tensor, for a caller that adds it to a dense one.
         """
         self.check_tokens(tokens, positions)
         if positions is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device)
-        seeds = self._layer_seeds(seed) if self.training and self.config.attn_pdrop else [None] * self.config.n_layer
-        x = self.transformer.wte(tokens, sparse) + self.transformer.wpe(positions)
+        blocks, attends = self.transformer.h, [None] * len(self.transformer.h)
+        seeds = list(attends)
+        if cache is not None:
+            attends = [partial(cache.attend, layer) for layer in range(len(blocks))]
+        elif self.training and self.config.attn_pdrop:
+            seeds = self._layer_seeds(seed)
+        x = self.transformer.wte(tokens, *([sparse] if sparse else [])) + self.transformer.wpe(positions)
         x = F.dropout(x, self.config.embd_pdrop, self.training)
-        if (fast := fast_path.hidden(self, x, cache, seeds)) is not None:
+        if (fast := fast_path.hidden(self, x, attends, seeds)) is not None:
             return fast
-        for block, seed in zip(self.transformer.h, seeds):
-            x = block(x, cache, seed)
+        for block, attend, seed in zip(blocks, attends, seeds, strict=True):
+            x = block(x, attend, seed)
         return self.transformer.ln_f(x)
 
     def _layer_seeds(self, seed):
         """The dropout seed of every layer, (4,) each: seed, step, layer, first sequence."""
         if seed is None:
             seed = F.pad(torch.randint(2**31, (2,), device=self.device), (0, 2))
-        layers = torch.arange(self.config.n_layer, device=seed.device)
+        layers = torch.arange(len(self.transformer.h), device=seed.device)
         return (seed + F.pad(layers[:, None], (2, 1))).unbind(0)
 
     def forward(self, tokens, targets=None, *, seed=None):
@@ -185,6 +199,8 @@ class GPT2(nn.Module):
     def loss(self, tokens, targets, *, seed=None):
         """The loss of `model(tokens, targets)` without its logits, which never exist as a whole: what to train with."""
         self._check_targets(tokens, targets)
+        if not fast_path.is_plain(self.lm_head, nn.Linear) or self.lm_head.bias is not None:
+            return self.forward(tokens, targets, seed=seed)[1]
         hidden = self.hidden(tokens, seed=seed, sparse=self.adds_few_rows(tokens))
         return linear_xent(hidden.view(-1, hidden.shape[-1]), self.lm_head.weight, targets.reshape(-1))
 
@@ -192,7 +208,8 @@ class GPT2(nn.Module):
         """Whether the embedding of tokens (B, T) adds few rows to wte's gradient, to which the head's is there first,
         dense: then a sparse tensor of them is the cheaper one.
         """
-        tied = self.lm_head.weight is self.transformer.wte.weight
+        wte = self.transformer.wte
+        tied = self.lm_head.weight is wte.weight and fast_path.is_plain(wte, Embedding)
         few = tokens.device.type == "cpu" and tokens.numel() < self.config.vocab_size
         return tied and few and not torch.compiler.is_compiling()
 
@@ -224,6 +241,13 @@ class GPT2(nn.Module):
         from fastlm.generation import generate_tokens
 
         return generate_tokens(self, tokens, **options)
+
+    def why_slow(self):
+        """None where the model is what the fast paths take it for, else the sentence which module is not, and why.
+
+        These then run as they are: a forward of somebody's own, hooks, sizes that do not fit each other.
+        """
+        return fast_path.why_not(self) or fast_path.sizes(self)[1]
 
     @classmethod
     def from_pretrained(cls, name, *, device=None, dtype=torch.float32):

@@ -79,9 +79,9 @@ SLICES = {
                         "tests/test_layer_norm.py tests/test_bias_gelu.py tests/test_adamw.py tests/test_grad_norm.py",
                         10),
     "cpu blocks": cpu("gpt2_blocks products/blocked", "tests/test_gpt2_blocks.py", 10),
-    "cpu engine": cpu("gpt2_step normalise paged products/packed products/cut products/tiles products/bytes "
+    "cpu engine": cpu("gpt2_step checksum normalise paged products/packed products/cut products/tiles products/bytes "
                       "products/f32 products/bf16 products/int8 products/int4", "csrc/cpu/phases.h csrc/cpu/heap.h "
-                      "tests/test_engine.py", 30),
+                      "tests/test_engine.py tests/test_fast_path.py", 40),
     "cpu none": Slice("test_no_(cpu_bug|bug_in_a_layer)", "tests/test_planted_layers.py", 10),
     **{f"sanitizers {isa}": Slice(rf"test_cpu_kernels\[{isa}\]", f"csrc/cpu/* csrc/cpu/*/* csrc/*.h {SANITIZED}", 60)
        for isa in ("generic", "avx2", "avx512", "avx512bf16")},
@@ -96,7 +96,8 @@ SLICES = {
     "package": layer(r"fastlm/((backends|dispatch)/)?\w+\.py",
                      "fastlm/*.py fastlm/backends/* fastlm/dispatch/* fastlm/cli/*",
                      "tests/test_dispatch.py tests/test_linear_xent.py tests/test_refusals.py", 20),
-    "generation": layer("fastlm/generation/.*", "fastlm/generation/*", "tests/test_generation.py tests/test_engine.py",
+    "generation": layer("fastlm/generation/.*", "fastlm/generation/*",
+                        "tests/test_generation.py tests/test_engine.py tests/test_fast_path.py",
                         5),
     "measure": layer("fastlm/measure/.*", "fastlm/measure/* fastlm/measure/tables/*",
                      "tests/test_measure.py tests/test_tune.py tests/test_certificate.py tests/test_refusals.py", 10),

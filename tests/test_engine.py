@@ -332,6 +332,92 @@ def test_every_logit(model):
         torch.testing.assert_close(engine.Engine(model, cache).every(tokens), model(tokens)[0], rtol=1e-4, atol=1e-4)
 
 
+def prepared(**changes):
+    model = make("even")
+    return model, KVCache(model.config, 2, 16, device="cpu", dtype=torch.float32, page=8, **changes)
+
+
+def call(model, cache, tokens=((1, 2), (3, 4)), counts=(2, 1)):
+    return engine.Engine(model, cache)(torch.tensor(tokens), torch.tensor(counts, dtype=torch.int32))
+
+
+@pytest.mark.parametrize("name, given, told", [
+    ("tokens", {"tokens": ((1, 257), (3, 4))}, "tokens of sequence 0 is 257, wanted 0 to 256"),
+    ("tokens", {"tokens": ((1, 2), (-1, 4))}, "tokens of sequence 1 is -1"),
+    ("counts", {"counts": (2, 3)}, "counts of sequence 1 is 3, wanted 0 to 2"),
+    ("counts", {"counts": (-1, 1)}, "counts of sequence 0 is -1"),
+])
+def test_numbers_that_are_no_addresses_are_refused(name, given, told):
+    with pytest.raises(ValueError, match=told):
+        call(*prepared(), **given)
+    call(*prepared(), tokens=((1, 2), (3, -4)))  # behind its count
+
+
+@pytest.mark.parametrize("what, told", [
+    ("lengths", "positions of sequence 1 is 16, wanted 0 to 15"), ("negative", "positions of sequence 0 is -1"),
+    ("table", "block_table of sequence 1 is 4, wanted 0 to 3"), ("negative table", "block_table of sequence 0 is -1"),
+    ("blocks", "pages for 1 blocks, the model has 3"), ("table's dtype", "block_table is torch.int64"),
+    ("heads", r"v_pages\[1\] is torch.float32 \(4, 8, 4, 16\)"), ("dtype", r"k_pages\[1\] is torch.bfloat16"),
+    ("strides", r"k_pages\[1\] is .* with strides"), ("lengths' dtype", "lengths is torch.int64"),
+    ("tokens' dtype", "tokens is torch.int32"), ("rows", r"counts is torch.int32 \(1,\)"),
+])
+def test_a_cache_that_is_not_the_models_is_refused(what, told):
+    model, cache = prepared(**{"layers": 1} if what == "blocks" else {})
+    if "table" in what:
+        cache.block_table = cache.block_table.clone()
+    if what == "lengths":
+        cache.lengths[1] = 16
+    if what == "negative":
+        cache.lengths[0] = -1
+    if what == "table":
+        cache.block_table[1, 0] = 4
+        for pages in (cache.k_pages, cache.v_pages):  # one that is there, but not the cache's: a bug may write to it
+            pages[:] = [torch.zeros(5, 2, 8, 32).transpose(1, 2)[:4] for _ in pages]
+    if what == "negative table":
+        cache.block_table[0, 0] = -1
+    if what == "table's dtype":
+        cache.block_table = cache.block_table.long()
+    if what == "lengths' dtype":
+        cache.lengths = cache.lengths.long()
+    if what == "heads":
+        cache.v_pages[1] = torch.zeros(4, 8, 4, 16)
+    if what == "dtype":
+        cache.k_pages[1] = cache.k_pages[1].bfloat16()
+    if what == "strides":
+        cache.k_pages[1] = cache.k_pages[1].contiguous()
+    with pytest.raises(ValueError, match=told):
+        if what == "tokens' dtype":
+            engine.Engine(model, cache)(torch.zeros(2, 2, dtype=torch.int32), torch.ones(2, dtype=torch.int32))
+        elif what == "rows":
+            engine.Engine(model, cache)(torch.zeros(2, 2, dtype=torch.int64), torch.ones(1, dtype=torch.int32))
+        else:
+            call(model, cache)
+
+
+def test_decoding_stops_where_the_room_ends():
+    """A step that is prepared once and run again and again checks anew."""
+    model, cache = prepared()
+    with torch.inference_mode():
+        run = engine.Engine(model, cache)
+        run(torch.zeros(2, 2, dtype=torch.int64), torch.tensor([2, 2], dtype=torch.int32))
+        tokens, counts = torch.zeros(2, dtype=torch.int64), torch.ones(2, dtype=torch.int32)
+        sampler = sampling.Sampler(257, 0.0, None, None)
+        decode = run.decoding(tokens, counts, sampler, torch.zeros(2, 100, dtype=torch.float64))
+        for _ in range(14):
+            decode()
+        with pytest.raises(ValueError, match="positions of sequence 0 is 16"):
+            decode()
+        cache.lengths.fill_(2)
+        tokens[1] = 400
+        with pytest.raises(ValueError, match="tokens of sequence 1 is 400"):
+            decode()
+        tokens[1] = 0
+        decode = run.decoding(tokens, counts, sampler, torch.zeros(2, 3, dtype=torch.float64))
+        decode(), decode()
+        with pytest.raises(ValueError, match="step of sequence 0 is 3, wanted 0 to 2"):
+            decode()
+
+
 def test_why_not():
     model = make("even")
     assert engine.why_not(model) is None

@@ -80,6 +80,12 @@ CPU = {
     "int8 without its offset": ("products/int8.cpp", "exact -= sum_w << 7;", ""),
     "waiting rows' logits": ("gpt2_step.cpp", "op_.logits + places_[e] * Vp_", "op_.logits + e * Vp_"),
     "prompts see too far": ("gpt2_step.cpp", "op.causal = kBottomRight", "op.causal = kFull"),
+    "an id one too large": ("gpt2_step.cpp", "op_.tokens[b * op_.T + t], 0, op_.V)",
+                            "op_.tokens[b * op_.T + t], 0, op_.V + 1)"),
+    "a page too many": ("gpt2_step.cpp", "+ i], 0, op_.pages)", "+ i], 0, op_.pages + 1)"),
+    "a position behind the room": ("gpt2_step.cpp", "room - count + 1)", "room - count + 2)"),
+    "another place of a line": ("checksum.cpp", "of_sums[i] += of[i]", "of_sums[i] += words[i]"),
+    "a span's last bytes": ("checksum.cpp", "(bytes_of(span) + kLine - 1) / kLine", "bytes_of(span) / kLine"),
     "another row's number": ("gpt2_step.cpp", "op_.uniform[b * op_.stride_u + *op_.step]",
                              "op_.uniform[*op_.step]"),
     "few rows in blocks": ("products/cut.h", "M < 4 ? M : up(", "up("),
@@ -97,7 +103,9 @@ CPU = {
     "pad appended": ("cache_append.cpp", "if (position < 0) return;", "if (position < -1) return;"),
 }
 
-HOMES = {"gpt2_step": "engine", "draw": "engine", "products": "engine"}  # the tests of what is no op
+HOMES = {  # the tests of what is no op
+    "gpt2_step": "engine", "draw": "engine", "products": "engine", "checksum": "fast_path",
+}
 HEADERS = {  # and the sources that are compiled with it
     "running.h": ["decode_attention"], "gelu.h": ["bias_gelu"], "columns.h": ["bias_gelu"],
     "draw.h": ["draw", "gpt2_step"], "simd.h": ["decode_attention"], "normalise.h": ["gpt2_step"],
@@ -128,8 +136,17 @@ LAYERS = {
     "a refused force is passed over": ("fastlm/dispatch/__init__.py", "if backend in row.kernels:  #",
                                        "if backend in row.kernels and why_not(row.name, backend, *args) is None:  #",
                                        "test_dispatch.py"),
-    "a hook is passed over": ("fastlm/fast_path.py", "if why_not(model, blocks) is not None:", "if False:",
+    "a hook is passed over": ("fastlm/fast_path.py", 'if why_not(model, "transformer.h") is not None:', "if False:",
                               "test_gpt2_blocks.py"),
+    "an instance's forward is passed over": ("fastlm/fast_path.py", 'if "forward" in module.__dict__:', "if False:",
+                                             "test_fast_path.py"),
+    "another class's place": ("fastlm/fast_path.py", "if type(module) is not kind:", "if type(module) not in _PLAIN:",
+                              "test_fast_path.py"),
+    "weights of before": ("fastlm/generation/derived.py", "not found.holds(whole)", "False", "test_fast_path.py"),
+    "a view read as if dense": ("fastlm/generation/engine.py", 'detach().contiguous() for name in ("wte"',
+                                'detach() for name in ("wte"', "test_fast_path.py"),
+    "dropout in generation": ("fastlm/generation/inference.py", "if function in _MODES:", "if False:",
+                              "test_fast_path.py"),
     "use is not undone": ("fastlm/dispatch/forcing.py", "_forced.update(self._former)", "", "test_dispatch.py"),
     "an ended row goes on": ("fastlm/generation/step.py", "alive & (drawn != self._stop)", "alive",
                              "test_engine.py"),

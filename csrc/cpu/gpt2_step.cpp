@@ -10,6 +10,8 @@
 
 #include <algorithm>
 #include <cmath>
+#include <stdexcept>
+#include <string>
 #include <vector>
 
 #include "draw.h"
@@ -33,6 +35,7 @@ class Step {
       : op_(op), threads_(threads), C_(op.H * op.D), F_(op.inner), Cp_(up(C_, 2 * kPanel)),
         Qp_(up(3 * C_, 2 * kPanel)), Fp_(up(F_, 2 * kPanel)), Vp_(up(op.V, 2 * kPanel)),
         widest_(std::max(Cp_, Fp_)), pages_(page_kind(op.page_dtype)), phases_(op.L * 12 + 4, threads) {
+    check();
     for (int64_t b = 0; b < op.B; b++) {
       const bool tiled = op.counts[b] >= kPrompt && !op.positions[b];
       if (op.counts[b]) sequences_.push_back({b, int64_t(rows_.size()), op.counts[b], tiled});
@@ -53,6 +56,27 @@ class Step {
   }
 
  private:
+  // Throws where a number that becomes an address is none of ours: nothing has been read or written through it yet.
+  void check() const {
+    const auto within = [](const char* name, int64_t b, int64_t value, int64_t low, int64_t high) {
+      if (value >= low && value < high) return;
+      throw std::invalid_argument("gpt2_step: " + std::string(name) + " of sequence " + std::to_string(b) + " is " +
+                                  std::to_string(value) + ", wanted " + std::to_string(low) + " to " +
+                                  std::to_string(high - 1));
+    };
+    const int64_t room = std::min(op_.P, op_.page * op_.max_pages);
+    for (int64_t b = 0; b < op_.B; b++) {
+      const int64_t count = op_.counts[b], position = op_.positions[b];
+      within("counts", b, count, 0, op_.T + 1);
+      if (!count) continue;
+      within("positions", b, position, 0, room - count + 1);
+      for (int64_t t = 0; t < count; t++) within("tokens", b, op_.tokens[b * op_.T + t], 0, op_.V);
+      for (int64_t i = 0; i < (position + count + op_.page - 1) / op_.page; i++)
+        within("block_table", b, op_.block_table[b * op_.max_pages + i], 0, op_.pages);
+    }
+    if (op_.ids) within("step", 0, *op_.step, 0, op_.steps), within("choices", 0, op_.choices, 1, op_.V + 1);
+  }
+
   void compute() {
     floats_.resize(M_ * (2 * Cp_ + Qp_ + Fp_) + 2 * M_);
     x_ = floats_.data(), qkv_ = x_ + M_ * Cp_, o_ = qkv_ + M_ * Qp_, f_ = o_ + M_ * Cp_;

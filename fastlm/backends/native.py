@@ -97,9 +97,9 @@ class Launchers:
 
     def gpt2_blocks_fwd(self, x, weights, heads, epsilon):
         (B, T, C), L, F = x.shape, len(weights) // 12, weights[8].shape[1]
-        N, y, cut = B * T, torch.empty(B, T, C, dtype=x.dtype), tuned.cut("gpt2_blocks", "fp32")
-        addresses = torch.tensor([weight.data_ptr() for weight in weights])
-        kept = [torch.empty(shape, dtype=x.dtype) for shape in (
+        N, y, cut = B * T, torch.empty(B, T, C, dtype=x.dtype, device=x.device), tuned.cut("gpt2_blocks", "fp32")
+        addresses = torch.tensor([weight.data_ptr() for weight in weights], dtype=torch.int64, device="cpu")
+        kept = [torch.empty(shape, dtype=x.dtype, device=x.device) for shape in (
             (L - 1, N, C), (L, N, C), (L, N, 3 * C), (L, N, C), (L, B, heads, T), (L, N, C), (L, N, C), (L, N, F),
             (L, N, F), (L, 4, N))]
         self._run("gpt2_blocks_fwd", x.device, y=y, **dict(zip(_BLOCKS, kept, strict=True)), x=x, weights=addresses,
@@ -108,11 +108,11 @@ class Launchers:
 
     def gpt2_blocks_bwd(self, dy, x, saved, weights, heads):
         (B, T, C), L, F = x.shape, len(weights) // 12, weights[8].shape[1]
-        dx = torch.empty(B, T, C, dtype=x.dtype)
-        gradients = torch.empty(sum(weight.numel() for weight in weights), dtype=x.dtype)
+        dx = torch.empty(B, T, C, dtype=x.dtype, device=x.device)
+        gradients = torch.empty(sum(weight.numel() for weight in weights), dtype=x.dtype, device=x.device)
         bands = -(-B * T // self._library.kGpt2BlockRows)
-        scratch = torch.empty(B * T * (8 * C + F) + B * heads * T + bands * 8 * C, dtype=x.dtype)
-        addresses = torch.tensor([weight.data_ptr() for weight in weights])
+        scratch = torch.empty(B * T * (8 * C + F) + B * heads * T + bands * 8 * C, dtype=x.dtype, device=x.device)
+        addresses = torch.tensor([weight.data_ptr() for weight in weights], dtype=torch.int64, device="cpu")
         self._run("gpt2_blocks_bwd", x.device, dx=dx, gradients=gradients, scratch=scratch, dy=dy, x=x,
                   **dict(zip(_BLOCKS, saved, strict=True)), weights=addresses, L=L, B=B, T=T, H=heads, D=C // heads,
                   F=F, **tuned.cut("gpt2_blocks", "fp32"))
@@ -218,11 +218,17 @@ class Launchers:
 
     def draw(self, logits, uniform, temperature, top_k, top_p):
         """The next token of every row, int64 (B,), as fastlm.generation.sampling.choose says; logits (B, V) fp32."""
-        ids = torch.empty(len(logits), dtype=torch.int64)
+        ids = torch.empty(len(logits), dtype=torch.int64, device=logits.device)
         self._run("draw", logits.device, ids=ids, logits=logits, uniform=uniform, stride_lb=logits.stride(0),
                   stride_u=uniform.stride(0), B=logits.shape[0], choices=logits.shape[1], temperature=temperature,
                   top_k=top_k, top_p=top_p)
         return ids
+
+    def checksum(self, spans, only=None):
+        """The checksums, a list of int, of spans (count, 3) int64 (csrc/fastlm.h); all but number `only` are 0."""
+        sums = torch.empty(self._library.kChecksums, dtype=torch.int64, device="cpu")
+        self._run("checksum", None, sums=sums, spans=spans, count=len(spans), only=-1 if only is None else only)
+        return sums.tolist()
 
     def gpt2_step(self, fields):
         """A function without arguments: one step of a whole GPT-2; fields name all of Gpt2Step (csrc/fastlm.h)."""

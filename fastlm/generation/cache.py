@@ -15,18 +15,26 @@ PAGE = 64  # positions a page
 
 
 class KVCache:
-    """Room for `capacity` positions of `batch` sequences of a model with `config`."""
+    """Room for `capacity` positions of `batch` sequences of a model with `config`.
 
-    def __init__(self, config, batch, capacity, *, device, dtype, page=PAGE):
-        H, n = config.n_head, -(-capacity // page)
-        shape = (batch * n, H, page, config.n_embd // H)
+    layers: of as many blocks, heads: (H, D) of them; config's unless given. Where a model's modules append other heads,
+    or another dtype, the pages become such before anything is in them.
+    """
+
+    def __init__(self, config, batch, capacity, *, device, dtype, page=PAGE, layers=None, heads=None):
+        n = -(-capacity // page)
+        self._batch, self._page = batch * n, page
+        heads = (config.n_head, config.n_embd // config.n_head) if heads is None else heads
+        layers = config.n_layer if layers is None else layers
         self.k_pages, self.v_pages = (
-            [torch.empty(shape, device=device, dtype=dtype).transpose(1, 2) for _ in range(config.n_layer)]
-            for _ in range(2)
+            [self._pages(*heads, device, dtype) for _ in range(layers)] for _ in range(2)
         )
         self.block_table = torch.arange(batch * n, dtype=torch.int32, device=device).view(batch, n)
         self.lengths = torch.zeros(batch, dtype=torch.int32, device=device)
         self._empty = True
+
+    def _pages(self, H, D, device, dtype):
+        return torch.empty(self._batch, H, self._page, D, device=device, dtype=dtype).transpose(1, 2)
 
     def begin(self, counts, T):
         """Positions (B, T) int64, for the model, of a step of T columns.
@@ -43,6 +51,10 @@ class KVCache:
     def attend(self, layer, qkv):
         """The attention of q over all keys and values appended so far, those of qkv (B, T, 3, H, D) too."""
         q, k, v = qkv.unbind(2)
+        held = self.k_pages[layer]
+        if self._empty and (held.shape[2:], held.dtype) != (k.shape[2:], k.dtype):
+            for pages in (self.k_pages, self.v_pages):
+                pages[layer] = self._pages(*k.shape[2:], k.device, k.dtype)
         pages = self.k_pages[layer], self.v_pages[layer]
         cache_append_(*pages, k, v, self.block_table, self._written)
         if self._empty:  # pads stand on the right, where no real token looks

@@ -7,7 +7,6 @@ are packed as int8 or int4, and meet activations that are rounded to int8, a sca
 """
 
 import mmap
-import weakref
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +15,8 @@ from fastlm import fast_path
 from fastlm.backends import native
 from fastlm.backends.machine import machine_why_not
 from fastlm.dispatch.forcing import forced
+from fastlm.generation import derived
+from fastlm.generation.cache import KVCache
 from fastlm.measure import tuned
 from fastlm.quantised import GROUP, head_kind, quantise
 
@@ -23,10 +24,9 @@ HUGE = 2**21  # bytes of a huge page
 PANEL = 16  # csrc/fastlm.h, kPanel
 KINDS = {torch.float32: "fp32", torch.bfloat16: "bf16"}  # how a model's weights are packed
 ROWS = 2048  # most new tokens of one call: what it works on takes 27 KB a row at C = 768
-SOME = 32  # elements, or a few more, that are kept of every parameter
+WORTH_READING = 100  # new tokens: all weights are read once more to see that they are the same, as long as one takes
 _NUMBERS = {"fp32": 0, "bf16": 1, "int8": 2, "int4": 3}  # csrc/fastlm.h, Weights
 _GROUPS = {"fp32": 1, "bf16": 2, "int8": 4}
-_packed = weakref.WeakKeyDictionary()  # model → (state of its parameters, some of their elements, Packed)
 
 
 def why_not(model):
@@ -37,9 +37,35 @@ def why_not(model):
         return reason
     if (backend := forced("decode_attention")) is not None:
         return f"the backend {backend} is forced: the model's own ops run"
-    if model.dtype not in KINDS or any(p.dtype != model.dtype for p in model.parameters()):
+    if model.dtype not in KINDS:
         return f"the engine takes float32 and bfloat16, the model is {model.dtype}"
-    return fast_path.why_not(model)
+    return fast_path.why_not(model) or _unfit(model)
+
+
+def _unfit(model):
+    """None where the parameters of a plain model are as the engine's kernels read them, else a sentence."""
+    fit, told = fast_path.sizes(model)
+    if told is not None:
+        return told
+    parts, config = model.transformer, model.config
+    wte, wpe, head = parts.wte.weight, parts.wpe.weight, model.lm_head.weight
+    V, P, C = len(wte), len(wpe), fit.C
+    for name, weight, shape in (("transformer.wte.weight", wte, (V, C)), ("transformer.wpe.weight", wpe, (P, C)),
+                                ("transformer.ln_f.weight", parts.ln_f.weight, (C,)),
+                                ("transformer.ln_f.bias", parts.ln_f.bias, (C,)), ("lm_head.weight", head, (V, C))):
+        if weight is None or weight.shape != shape or weight.dtype != fit.dtype or weight.device != wte.device:
+            told = "missing" if weight is None else f"{tuple(weight.shape)} {weight.dtype} on {weight.device}"
+            return f"{name} is {told}, wanted {shape} {fit.dtype} on {wte.device}"
+    if V < config.vocab_size or P < config.n_positions:
+        return f"there are {V} tokens and {P} positions, but config has {config.vocab_size} and {config.n_positions}"
+    if parts.ln_f.eps != fit.epsilon or model.lm_head.bias is not None or parts.wpe.max_norm is not None:
+        return "the last norm has another epsilon than the blocks, the head a bias, or the positions a largest norm"
+    if model.quantised and head is not wte:
+        return "lm_head.weight is not transformer.wte.weight, as it is where a model is quantised"
+    for name, weight in (*model.named_parameters(), ("lm_head.weight", head)):
+        if type(weight.data) is not torch.Tensor or weight.layout != torch.strided:
+            return f"{name} is a {type(weight.data).__name__}, of which the kernels know no layout"
+    return None
 
 
 def cache_dtype(model):
@@ -47,36 +73,50 @@ def cache_dtype(model):
     return torch.bfloat16 if model.quantised else model.dtype
 
 
-class Engine:
-    """Runs a model over a KVCache, which it fills as the model would; the cache must not be replaced meanwhile."""
+def make_cache(model, weights, batch, capacity):
+    """A KVCache for an Engine of these Packed weights, or, None, for the model's own modules."""
+    heads = None if weights is None else (weights.sizes.heads, weights.sizes.C // weights.sizes.heads)
+    return KVCache(model.config, batch, capacity, device=model.device, layers=len(model.transformer.h), heads=heads,
+                   dtype=model.dtype if weights is None else cache_dtype(model))
 
-    def __init__(self, model, cache):
-        weights, config, parts = packed(model), model.config, model.transformer
+
+class Engine:
+    """Runs a model over a KVCache, which it fills as the model would; the cache must not be replaced meanwhile.
+
+    weights: its Packed ones, where the caller has them. Raises ValueError for a cache that is not the model's.
+    """
+
+    def __init__(self, model, cache, weights=None):
+        weights = packed(model) if weights is None else weights
+        fit, first = weights.sizes, cache.k_pages[0]
+        D = fit.C // fit.heads
+        _check_cache(cache, len(weights.addresses), fit.heads, D)
         layers = torch.tensor([[*norms, k.data_ptr(), v.data_ptr(), *matrices]
-                               for (norms, matrices), k, v in zip(weights.addresses, cache.k_pages, cache.v_pages)],
-                              dtype=torch.int64)  # (L, 22)
-        self._kept = weights, model, layers
-        self._cache, self._V = cache, config.vocab_size
-        self._logits = self._room(len(cache.lengths))
+                               for (norms, matrices), k, v in zip(weights.addresses, cache.k_pages, cache.v_pages,
+                                                                  strict=True)],
+                              dtype=torch.int64, device="cpu")  # (L, 22)
+        self._kept = weights, layers, tuple(cache.k_pages), tuple(cache.v_pages), cache.block_table, cache.lengths
+        self._cache, self._B, self._V = cache, len(cache.lengths), len(weights.wte)
+        self._logits = self._room(self._B)
         panels, scale, sums = (0 if tensor is None else tensor.data_ptr() for tensor in weights.head)
-        stride_p, stride_s, stride_h, _ = cache.k_pages[0].stride()
+        stride_p, stride_s, stride_h, _ = first.stride()
         self._fields = {  # csrc/fastlm.h, Gpt2Step: what no call changes
             "layers": layers.data_ptr(), "head": panels, "head_scale": scale, "head_sums": sums,
             "ln_f_w": weights.ln_f[0].data_ptr(), "ln_f_b": weights.ln_f[1].data_ptr(),
-            "wte": parts["wte"].weight.data_ptr(), "wpe": parts["wpe"].weight.data_ptr(),
+            "wte": weights.wte.data_ptr(), "wpe": weights.wpe.data_ptr(),
             "positions": cache.lengths.data_ptr(), "block_table": cache.block_table.data_ptr(),
-            "stride_p": stride_p, "stride_s": stride_s, "stride_h": stride_h, "L": config.n_layer, "H": config.n_head,
-            "D": config.n_embd // config.n_head, "V": self._V, "inner": config.n_inner or 4 * config.n_embd,
-            "page": cache.k_pages[0].shape[1], "max_pages": cache.block_table.shape[1],
-            "epsilon": config.layer_norm_epsilon, "weights": _NUMBERS[weights.kind],
-            "head_weights": _NUMBERS[head_kind(weights.kind)], "dtype": model.dtype,
-            "page_dtype": cache.k_pages[0].dtype, **tuned.cut("gpt2_step", weights.kind),
+            "stride_p": stride_p, "stride_s": stride_s, "stride_h": stride_h, "L": len(weights.addresses),
+            "H": fit.heads, "D": D, "V": self._V, "inner": fit.inner, "page": first.shape[1],
+            "max_pages": cache.block_table.shape[1], "pages": len(first), "P": len(weights.wpe),
+            "epsilon": fit.epsilon, "weights": _NUMBERS[weights.kind],
+            "head_weights": _NUMBERS[head_kind(weights.kind)], "dtype": weights.wte.dtype,
+            "page_dtype": first.dtype, **tuned.cut("gpt2_step", weights.kind),
         } | _NO_DRAW
 
     def __call__(self, tokens, counts):
         """Logits (B, V) fp32 behind the last of counts (B,) int32 tokens (B, T) int64, valid until the next call.
 
-        A row whose count is 0 waits. Ids, counts and the room in the cache are the caller's to check.
+        A row whose count is 0 waits. Raises ValueError for ids, counts and positions that model or cache have not.
         """
         taken = 0
         while taken < len(tokens):  # as many sequences at once as ROWS allows, one at least
@@ -94,10 +134,11 @@ class Engine:
         Its first call draws with column 1 of uniform (B, steps) fp64. A row whose count, of (B,) int32, is 0 waits and
         keeps its token.
         """
-        step = torch.ones(1, dtype=torch.int64)
+        step = torch.ones(1, dtype=torch.int64, device="cpu")
+        _check_tensor("uniform", uniform, torch.float64, (self._B, uniform.shape[-1]))
         run = self._prepared(tokens[:, None], counts, self._logits, ids=tokens.data_ptr(), uniform=uniform.data_ptr(),
-                             step=step.data_ptr(), stride_u=uniform.stride(0), choices=sampler.choices,
-                             **sampler.fields)
+                             step=step.data_ptr(), stride_u=uniform.stride(0), steps=uniform.shape[1],
+                             choices=sampler.choices, **sampler.fields)
         self._cache.filled()
 
         def decode(kept=(self, tokens, counts, uniform, step)):
@@ -109,11 +150,11 @@ class Engine:
         """Logits (B, T, V) fp32 behind every one of tokens (B, T)."""
         B, T = tokens.shape
         logits = self._room(B * T)
-        self._step(tokens, torch.full((B,), T, dtype=torch.int32), logits, every=1)
+        self._step(tokens, torch.full((B,), T, dtype=torch.int32, device="cpu"), logits, every=1)
         return logits[:, : self._V].view(B, T, self._V)
 
     def _room(self, rows):
-        return torch.zeros(rows, -(-self._V // (2 * PANEL)) * 2 * PANEL)
+        return torch.zeros(rows, -(-self._V // (2 * PANEL)) * 2 * PANEL, dtype=torch.float32, device="cpu")
 
     def _step(self, tokens, counts, logits, **fields):
         tokens = tokens.contiguous()
@@ -121,28 +162,53 @@ class Engine:
         self._cache.filled()
 
     def _prepared(self, tokens, counts, logits, **fields):
-        B, T = tokens.shape
+        B, T = self._B, tokens.shape[-1]
+        _check_tensor("tokens", tokens, torch.int64, (B, T))
+        _check_tensor("counts", counts, torch.int32, (B,))
         return native.cpu.gpt2_step(self._fields | {"logits": logits.data_ptr(), "tokens": tokens.data_ptr(),
                                                     "counts": counts.data_ptr(), "B": B, "T": T} | fields)
 
 
-_NO_DRAW = {"every": 0, "ids": 0, "uniform": 0, "step": 0, "stride_u": 0, "choices": 0, "temperature": 0.0, "top_k": 0,
-            "top_p": 1.0}
+_NO_DRAW = {"every": 0, "ids": 0, "uniform": 0, "step": 0, "steps": 0, "stride_u": 0, "choices": 0, "temperature": 0.0,
+            "top_k": 0, "top_p": 1.0}
+
+
+def _check_cache(cache, layers, H, D):
+    """Raises ValueError unless a cache's tensors are as the kernel will read them, which checks what they hold."""
+    if (len(cache.k_pages), len(cache.v_pages)) != (layers, layers):
+        raise ValueError(f"engine: the cache has pages for {len(cache.k_pages)} blocks, the model has {layers}")
+    first = cache.k_pages[0]
+    for name, pages in (("k_pages", cache.k_pages), ("v_pages", cache.v_pages)):
+        for layer, held in enumerate(pages):
+            _check_tensor(f"{name}[{layer}]", held, first.dtype, (len(first), first.shape[1], H, D), first.stride())
+    if first.dtype not in KINDS or first.stride(3) != 1:
+        raise ValueError(f"engine: k_pages are {first.dtype} with strides {first.stride()}, wanted float32 or "
+                         "bfloat16, a head's numbers side by side")
+    _check_tensor("block_table", cache.block_table, torch.int32, (len(cache.lengths), cache.block_table.shape[-1]))
+    _check_tensor("lengths", cache.lengths, torch.int32, (len(cache.lengths),))
+
+
+def _check_tensor(name, tensor, dtype, shape, stride=None):
+    fits = stride == tensor.stride() if stride is not None else tensor.is_contiguous()
+    if tensor.dtype != dtype or tensor.shape != shape or tensor.device.type != "cpu" or not fits:
+        raise ValueError(f"engine: {name} is {tensor.dtype} {tuple(tensor.shape)} with strides {tensor.stride()} on "
+                         f"{tensor.device}, wanted {dtype} {shape}{' dense' if stride is None else ''} on cpu")
 
 
 class Packed:
     """The weights of a model as the engine reads them; `addresses`: of norms and matrices, a pair a layer."""
 
-    def __init__(self, model, kind):
-        self.kind, self._kept = kind, []
+    def __init__(self, model, sizes, kind):
+        self.sizes, self.kind, self._kept = sizes, kind, []
         parts = model.transformer
         self.addresses = [self._layer(block, kind) for block in parts["h"]]
-        self.ln_f = [self._keep(p.detach().float()) for p in (parts["ln_f"].weight, parts["ln_f"].bias)]
-        panels, scale, sums = pack(parts["wte"].weight.detach().T, head_kind(kind))
+        self.ln_f = [self._keep(p.detach().float().contiguous()) for p in (parts["ln_f"].weight, parts["ln_f"].bias)]
+        self.wte, self.wpe = (parts[name].weight.detach().contiguous() for name in ("wte", "wpe"))  # no copies, mostly
+        panels, scale, sums = pack(model.lm_head.weight.detach().T, head_kind(kind))
         self.head = on_huge_pages(panels), scale, sums
 
     def _layer(self, block, kind):
-        norms = [self._keep(parameter.detach().float()).data_ptr()
+        norms = [self._keep(parameter.detach().float().contiguous()).data_ptr()
                  for ln in (block.ln_1, block.ln_2) for parameter in (ln.weight, ln.bias)]
         matrices = []
         for linear in (block.attn.c_attn, block.attn.c_proj, block.mlp.c_fc, block.mlp.c_proj):
@@ -172,19 +238,20 @@ def on_huge_pages(tensor):
     return whole[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape).copy_(tensor)
 
 
-def packed(model):
-    """The Packed weights of a model, made anew when a parameter has changed.
+def packed(model, tokens=1):
+    """The Packed weights of a model, made anew where its weights have changed; tokens: how many a row they are for."""
+    found, _ = fast_path.sizes(model)
+    sizes = found._replace(weights=[])  # those belong to the model
+    return derived.of(model, _weights(model, found.weights),
+                      lambda: Packed(model, sizes, model.quantised or KINDS[model.dtype]),
+                      note=(model.quantised, sizes), whole=tokens >= WORTH_READING)
 
-    torch counts changes in place, but for those through `.data`: these show where they reach one of some elements that
-    are kept of every parameter.
-    """
-    parameters = [p.detach() for p in model.parameters()]
-    state = [model.quantised, *((p.data_ptr(), 0 if p.is_inference() else p._version) for p in model.parameters())]
-    some = torch.cat([p.reshape(-1)[:: max(1, p.numel() // SOME)] for p in parameters])
-    found = _packed.get(model)
-    if found is None or found[0] != state or not torch.equal(found[1], some):
-        found = _packed[model] = state, some, Packed(model, model.quantised or KINDS[model.dtype])
-    return found[2]
+
+def _weights(model, blocks):
+    parts = model.transformer
+    ends = parts.wte.weight, parts.wpe.weight, parts.ln_f.weight, parts.ln_f.bias
+    head = [] if model.lm_head.weight is parts.wte.weight else [model.lm_head.weight]
+    return [*ends, *head, *(weight for own in blocks for weight in own)]
 
 
 def pack(w, kind):

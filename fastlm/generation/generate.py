@@ -1,15 +1,15 @@
 """The loop that continues prompts: one prefill of all of them, then a token a step for every row."""
 
 from collections.abc import Iterable
-from contextlib import contextmanager
 from numbers import Integral
 
 import torch
 import torch.nn.functional as F
 
+from fastlm import fast_path
 from fastlm.dispatch.forcing import forced
-from fastlm.generation.cache import KVCache
-from fastlm.generation.engine import Engine, cache_dtype, why_not
+from fastlm.generation.engine import Engine, make_cache, packed, why_not
+from fastlm.generation.inference import inference
 from fastlm.generation.sampling import Sampler, check_sampling, uniforms
 from fastlm.generation.step import ENDED, EngineStep, Step
 
@@ -59,7 +59,7 @@ def stream_tokens(
     if stop is not None and not (isinstance(stop, Integral) and 0 <= stop < V):
         raise ValueError(f"stop_at is {stop!r}, wanted a token id below vocab_size {V}, or None to go on")
     forced("decode_attention")  # a backend of FASTLM_BACKEND that this machine lacks says so now
-    seed = int(torch.randint(2**62, ())) if seed is None else int(seed)
+    seed = int(torch.randint(2**62, (), device="cpu")) if seed is None else int(seed)
     sampler = Sampler(vocab_size, temperature, top_k, top_p)
     return _run(model, prompts, room, n, sampler, seed, stop)
 
@@ -67,15 +67,17 @@ def stream_tokens(
 def _run(model, prompts, room, n, sampler, seed, stop):
     left = [count for count in room for _ in range(n)]  # tokens each row may still write
     capacity = max(len(prompt) + count for prompt, count in zip(prompts, room))
-    with _evaluating(model):
-        fast = why_not(model) is None
-        cache = KVCache(model.config, len(prompts), capacity, device=model.device,
-                        dtype=cache_dtype(model) if fast else model.dtype)
-        engine = Engine(model, cache) if fast else None
+    fast = why_not(model) is None
+    if not fast:
+        fast_path.tell(model)
+    with inference(model):
+        weights = packed(model, max(left)) if fast else None
+        cache = make_cache(model, weights, len(prompts), capacity)
+        engine = Engine(model, cache, weights) if fast else None
         logits = _prefill(model, prompts, cache, engine).repeat_interleave(n, 0)  # (P · n, V)
         if n > 1:
             cache.repeat(n)
-            engine = Engine(model, cache) if fast else None
+            engine = Engine(model, cache, weights) if fast else None
         uniform = uniforms(seed, len(prompts), n, max(left), model.device)
         if fast:
             step = EngineStep(engine, sampler, uniform, stop)
@@ -88,7 +90,7 @@ def _run(model, prompts, room, n, sampler, seed, stop):
         yield ids
         if not any(left):
             return
-        with torch.inference_mode() if fast else _evaluating(model):  # the engine calls no module
+        with torch.inference_mode() if fast else inference(model):  # the engine calls no module
             ids = step()
 
 
@@ -103,23 +105,6 @@ def _prefill(model, prompts, cache, engine):
     hidden = model.hidden(padded, positions=positions, cache=cache)  # (P, T, C)
     cache.end()
     return model.lm_head(hidden[torch.arange(len(prompts), device=model.device), lengths.long() - 1])
-
-
-@contextmanager
-def _evaluating(model):
-    """No gradients, no dropout, the model's own dtype; afterwards every module is in the mode it was in.
-
-    Held for a step, not from token to token: between them the caller may do as it likes.
-    """
-    training = [module for module in model.modules() if module.training]
-    try:
-        for module in training:
-            module.training = False
-        with torch.inference_mode(), torch.autocast(model.device.type, enabled=False):
-            yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def _whole(name, value):
@@ -146,7 +131,7 @@ def _prompt(index, row, V):
             raise ValueError(f"prompt {index} is {row.dtype} {tuple(row.shape)}, wanted int64 (T,)")
         ids, device = row.tolist(), row.device
     elif isinstance(row, Iterable) and not isinstance(row, str):
-        ids, device = list(row), None
+        ids, device = list(row), "cpu"
     else:
         raise ValueError(
             f"prompt {index} is {row!r}, wanted token ids, 1-D; "

@@ -32,11 +32,12 @@ class Step:
         self._at = torch.zeros(1, dtype=torch.int64, device=model.device)  # the column of uniform
         self._ids = torch.zeros_like(self._new)
         self._head = head_of(model, padded=model.device.type == "cuda")
-        self._told = torch.zeros(len(self._ids), dtype=torch.int64, pin_memory=model.device.type == "cuda")
+        self._told = torch.zeros(len(self._ids), dtype=torch.int64, device="cpu",
+                                 pin_memory=model.device.type == "cuda")
         self._run = capture(self._decode) if captured else self._decode
 
     def first(self, logits, left):
-        self._left.copy_(torch.tensor(left, dtype=torch.int32))
+        self._left.copy_(torch.tensor(left, dtype=torch.int32, device="cpu"))
         self._at.zero_()
         self._next(logits)
         return self._tell()
@@ -72,7 +73,7 @@ def head_of(model, *, padded):
     take 155 µs with 50257 columns, cuBLAS's slowest way. A head of another class, or with hooks, stays as it is.
     """
     head, weight = model.lm_head, model.lm_head.weight
-    if not padded or fast_path.why_not(model, [head]) is not None or head.bias is not None or len(weight) % PAD == 0:
+    if not padded or fast_path.why_not(model, "lm_head") is not None or head.bias is not None or len(weight) % PAD == 0:
         return head
     V, wide = len(weight), F.pad(weight.detach(), (0, 0, 0, -len(weight) % PAD))  # (Vp, C)
     return lambda hidden: F.linear(hidden, wide)[:, :V]
@@ -83,8 +84,8 @@ class EngineStep:
 
     def __init__(self, engine, sampler, uniform, stop):
         self._sampler, self._uniform, self._stop = sampler, uniform, stop
-        self._new = torch.zeros(len(uniform), dtype=torch.int64)  # what the step decodes, then what it drew
-        self._counts = torch.ones(len(uniform), dtype=torch.int32)
+        self._new = torch.zeros(len(uniform), dtype=torch.int64, device="cpu")  # what it decodes, then what it drew
+        self._counts = torch.ones(len(uniform), dtype=torch.int32, device="cpu")
         self._decode = engine.decoding(self._new, self._counts, sampler, uniform)
         self._left = None
 
