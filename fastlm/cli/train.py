@@ -22,12 +22,13 @@ def train(
     from fastlm.training.trainer import Trainer
 
     values = read_settings(preset=preset, file=config, settings=settings or (), data=data, out=out)
+    asked = set(values) & set(read_settings(file=config, settings=settings or (), data=data, out=out))
     listeners = Terminal(), Curve(), Sample()
     if resume:
         if "out" not in values:
             raise ValueError("--resume needs --out, the directory of the run")
-        trainer = Trainer.resume(values.pop("out"), listeners=listeners, **values)
+        trainer = Trainer.resume(values.pop("out"), listeners=listeners, asked=asked, **values)
     else:
-        trainer = Trainer(TrainConfig(**values), listeners=listeners)
+        trainer = Trainer(TrainConfig(**values), listeners=listeners, asked=asked)
     if trainer.run():
         trainer.tell("say", f"try: fastlm generate --model {trainer.out} --prompt 'Once'")

@@ -2,7 +2,7 @@
 
     OUT/train_000000.bin ... val_000000.bin ...   tokens, in llm.c's format
     OUT/tokenizer.json, tokenizer_config.json     what made them
-    OUT/manifest.json                             counts, and the sha256 of every file
+    OUT/manifest.json                             counts, the sha256 of every file, and what it was made of
 
 Text is read in parts, twice: once to count characters, once to tokenise; only a text that cannot be divided
 (a vocabulary that is not GPT-2's kind) is held whole.
@@ -18,13 +18,12 @@ import secrets
 import shutil
 from pathlib import Path
 
+from fastlm.data.fingerprint import KINDS, VOCAB_SIZE, fingerprint
 from fastlm.data.shards import SHARD_TOKENS, ShardWriter, read_shard
 from fastlm.data.tokenizer import Tokenizer
 
 MANIFEST = "manifest.json"
 FORMAT = "fastlm data"
-KINDS = ("chars", "bytes", "bpe")
-VOCAB_SIZE = 8192  # of a trained BPE
 OURS = re.compile(r"tokenizer(_config)?\.json|(train|val)_\d{6,}\.bin")
 PART = 1 << 20  # bytes read at a time
 
@@ -34,12 +33,13 @@ class Corpus:
 
     In folders every file that is UTF-8 text without a zero byte counts, at any depth; others are skipped,
     and so are empty and hidden ones and what lies under `leave_out`. `files` maps each to its number of
-    characters, `characters` is their sum, `skipped` a number of files. Raises ValueError for a path that
-    does not exist, a file named in `paths` that is no text, and where no text is found.
+    characters, `characters` is their sum, `skipped` a number of files, `sha256` that of the text. Raises
+    ValueError for a path that does not exist, a file named in `paths` that is no text, and where no text is
+    found.
     """
 
     def __init__(self, paths, *, leave_out=None):
-        self.files, self.skipped, seen = {}, 0, set()
+        self.files, self.skipped, seen, whole = {}, 0, set(), hashlib.sha256()
         for path in map(Path, paths):
             if not path.exists():
                 raise ValueError(f"{path}: no such file or folder; pass text files or folders of them")
@@ -53,8 +53,11 @@ class Corpus:
                 if (real := file.resolve()) in seen:
                     continue
                 seen.add(real)
+                count, digest = 0, hashlib.sha256()
                 try:
-                    count = sum(map(len, _parts(file)))
+                    for part in _parts(file):
+                        count += len(part)
+                        digest.update(part.encode())
                 except UnicodeDecodeError as error:
                     if file == path:
                         reason = f"{error.reason} at byte {error.start}"
@@ -62,9 +65,10 @@ class Corpus:
                     count = 0
                 if count:
                     self.files[file] = count
+                    whole.update(digest.digest())
                 else:
                     self.skipped += 1
-        self.characters = sum(self.files.values())
+        self.characters, self.sha256 = sum(self.files.values()), whole.hexdigest()
         if not self.files:
             named = ", ".join(map(str, paths)) or "no path was given"
             skipped = f"{self.skipped} files are empty or not UTF-8"
@@ -120,6 +124,8 @@ def prepare(
             "vocab_size": vocabulary.vocab_size, "end_of_text": vocabulary.end_of_text,
             "files": len(corpus.files), "skipped_files": corpus.skipped, "characters": corpus.characters,
             "train_characters": cut, "val_characters": corpus.characters - cut, "val_fraction": val_fraction,
+            "fingerprint": fingerprint(corpus, tokenizer if tokenizer in KINDS else vocabulary, vocab_size,
+                                       val_fraction),
         }
         for split, first, last in (("train", 0, cut), ("val", cut, corpus.characters)):
             with ShardWriter(staging, split, vocabulary.vocab_size, shard_tokens=shard_tokens) as writer:

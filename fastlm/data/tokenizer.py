@@ -255,6 +255,12 @@ class Tokenizer:
         return table
 
 
+def has_tokenizer(directory):
+    """Whether a directory holds the files of a tokenizer."""
+    names = (("tokenizer.json",), ("vocab.json", "merges.txt"))
+    return any(all((Path(directory) / name).is_file() for name in group) for group in names)
+
+
 def _byte_alphabet():
     """{character: byte} of GPT-2's byte alphabet: printable Latin-1 is itself, the rest begins at U+0100."""
     ranges = "!~", "¡¬", "®ÿ"

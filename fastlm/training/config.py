@@ -47,7 +47,7 @@ class TrainConfig(BaseModel):
     out: str = Field(description="directory of the run")
     tokenizer: str = Field("bpe", description="bpe, bytes, chars or a path; for text that is not prepared yet")
     vocab_size: int | None = Field(None, ge=2, le=2**24, description="of a bpe that is trained")
-    val_fraction: float = Field(0.1, gt=0, lt=1)
+    val_fraction: float = Field(0.1, ge=0, lt=1, description="of the text, held out; 0 trains without evaluation")
 
     n_layer: int = Field(12, ge=1, le=1024)
     n_head: int = Field(12, ge=1, le=1024)
@@ -82,16 +82,11 @@ class TrainConfig(BaseModel):
         try:
             super().__init__(**values)
         except ValidationError as error:
-            told = [
-                f"{'.'.join(map(str, found['loc'])) or 'settings'} is {found['input']!r}: {found['msg']}"
-                if found["type"] != "missing" else f"{found['loc'][0]} is missing; pass --{found['loc'][0]}"
-                for found in error.errors()
-            ]
-            raise ValueError("; ".join(told)) from None
+            raise ValueError("; ".join(map(_told, error.errors()))) from None
 
     @model_validator(mode="after")
     def _fits(self):
-        if self.n_embd % self.n_head:
+        if self.n_embd % self.n_head and self.init_from is None:  # which has sizes of its own
             raise ValueError(f"n_embd={self.n_embd} is no multiple of n_head={self.n_head}")
         if self.min_learning_rate > self.learning_rate:
             raise ValueError(f"min_learning_rate={self.min_learning_rate} is above learning_rate={self.learning_rate}")
@@ -111,6 +106,14 @@ class TrainConfig(BaseModel):
         if not isinstance(values, dict):
             raise ValueError(f"{path}: no settings of a run (a JSON {type(values).__name__})")
         return cls(**{**values, **changes})
+
+
+def _told(found):
+    """A finding of pydantic's as a sentence."""
+    name = ".".join(map(str, found["loc"]))
+    if found["type"] == "missing":
+        return f"{name} is missing; pass --{name}"
+    return f"{name} is {found['input']!r}: {found['msg']}" if name else found["msg"].removeprefix("Value error, ")
 
 
 def read_settings(*, preset=None, file=None, settings=(), **given):

@@ -49,7 +49,8 @@ class Terminal(Listener):
 
     def evaluated(self, trainer, row):
         rate = f", {row['tokens_per_second']:,.0f} tokens/s" if row["tokens_per_second"] else ""
-        self.say(f"step {row['step']:>6}: training {row['train_loss']:.3f}, held out {row['val_loss']:.3f}{rate}")
+        held_out = "" if row["val_loss"] is None else f", held out {row['val_loss']:.3f}"
+        self.say(f"step {row['step']:>6}: training {row['train_loss']:.3f}{held_out}{rate}")
         self._shown, self._shown_step = time.perf_counter(), trainer.state.step
 
     def finished(self, trainer):

@@ -16,9 +16,6 @@ from pathlib import Path
 import torch
 
 from fastlm.backends import native
-from fastlm.data.loader import Loader
-from fastlm.data.shards import read_split
-from fastlm.data.tokenizer import Tokenizer
 from fastlm.dispatch.forcing import use
 from fastlm.dispatch.table import TABLE
 from fastlm.training import checkpoint
@@ -26,7 +23,7 @@ from fastlm.training.config import TrainConfig
 from fastlm.training.listener import tell
 from fastlm.training.metrics import Metrics
 from fastlm.training.optimizer import AdamW, learning_rate
-from fastlm.training.setup import find_backends, find_device, find_shards, make_model
+from fastlm.training.setup import find_backends, find_data, find_device, find_loaders, make_model, settled
 from fastlm.training.state import State, generators
 from fastlm.training.step import Step, autocast, lacks
 
@@ -38,12 +35,13 @@ class Trainer:
     """A run. `Trainer(config).run()` trains to the end; `Trainer.resume(out)` goes on where a run stopped.
 
     config: TrainConfig. listeners: told of the run after metrics.jsonl is. resumed: path of a checkpoint. into: OUT may
-    hold other files. Raises ValueError for what is wrong with the settings or the data before anything but prepared
-    data is written.
+    hold other files. asked: the names of the settings that somebody gave, all that the config was made with unless
+    given: one that does not fit the data or init_from is refused; another yields to them. Raises ValueError for what is
+    wrong with the settings or the data before anything but prepared data is written.
     """
 
-    def __init__(self, config, *, listeners=(), resumed=None, into=False):
-        self.config, self.out = config, Path(config.out)
+    def __init__(self, config, *, listeners=(), resumed=None, into=False, asked=None):
+        self.out, asked = Path(config.out), config.model_fields_set if asked is None else frozenset(asked)
         self.tell = functools.partial(tell, (Metrics(), *listeners))
         taken = self.out.exists() and (not self.out.is_dir() or set(os.listdir(self.out)) - {"data"})
         if taken and resumed is None and not into:
@@ -51,15 +49,12 @@ class Trainer:
         self.device = find_device(config.device)
         if lacks(config.dtype, self.device.type):
             self.tell("say", "this CPU has no bf16 products: they are made in fp32, which is far faster on it")
-        data = find_shards(config, self.tell)
-        self.tokenizer = Tokenizer.load(data)
-        self.train_data, self.val_data = (
-            Loader(read_split(data, split), config.sequence_length, config.batch_size, self.tokenizer.vocab_size,
-                   config.seed)
-            for split in ("train", "val")
-        )
+        again = resumed is not None
+        data, self.tokenizer = find_data(config, asked, self.tell, resumed=again)
+        self.train_data, self.val_data = find_loaders(config, data, self.tokenizer)
         torch.manual_seed(config.seed)
-        model = make_model(config, self.tokenizer).to(self.device)
+        model = make_model(config, self.tokenizer, asked=asked, resumed=again).to(self.device)
+        self.config = config = settled(config, model, data)
         self.state = State(model, AdamW(model, config), generators(self.device))
         if resumed is None:
             self.state.backends = find_backends(model, self.state.optimizer, config.dtype)
@@ -71,11 +66,17 @@ class Trainer:
         self._stop = None
 
     @classmethod
-    def resume(cls, out, *, listeners=(), **changes):
+    def resume(cls, out, *, listeners=(), asked=None, **changes):
         """The run of directory `out`, from its newest whole checkpoint, with changed settings such as steps."""
-        config = TrainConfig.load(Path(out) / "train.json", **{**changes, "out": str(out)})
+        settings = Path(out) / "train.json"
+        former, config = TrainConfig.load(settings), TrainConfig.load(settings, **{**changes, "out": str(out)})
+        asked = {name for name in (changes if asked is None else asked) if name in changes and name != "out"
+                 and getattr(config, name) != getattr(former, name)}
+        if "init_from" in asked:
+            raise ValueError(f"init_from is {config.init_from!r}, but the run in {out} goes on from its checkpoint; "
+                             "leave it out")
         newest = checkpoint.newest(Path(out) / "checkpoints", warn=functools.partial(tell, listeners, "say"))
-        return cls(config, listeners=listeners, resumed=newest)
+        return cls(config, listeners=listeners, resumed=newest, asked=asked)
 
     @property
     def done(self):
@@ -133,7 +134,9 @@ class Trainer:
         return loss, norm
 
     def evaluate(self):
-        """The mean loss over the whole val split, every target counted once, in nats per token."""
+        """The mean loss over the val split, every target counted once, in nats per token; None where there is none."""
+        if self.val_data is None:
+            return None
         self.state.model.eval()
         total, count = 0.0, 0
         for tokens, targets in self.val_data.whole(max(1, EVAL_TOKENS // self.config.sequence_length)):
