@@ -14,7 +14,7 @@ def train(
     settings: Annotated[list[str] | None, typer.Option("--set", help="A setting, key=value; may be repeated.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in OUT.")] = False,
 ):
-    """Train a GPT-2. Ctrl-C saves; --resume goes on, bit for bit."""
+    """Train a GPT-2. Ctrl-C and signals save; --resume goes on, bit for bit."""
     from fastlm.training.config import TrainConfig, read_settings
     from fastlm.training.curve import Curve
     from fastlm.training.report import Terminal
@@ -30,5 +30,16 @@ def train(
         trainer = Trainer.resume(values.pop("out"), listeners=listeners, asked=asked, **values)
     else:
         trainer = Trainer(TrainConfig(**values), listeners=listeners, asked=asked)
-    if trainer.run():
+    if finished(trainer):
         trainer.tell("say", f"try: fastlm generate --model {trainer.out} --prompt 'Once'")
+
+
+def finished(trainer):
+    """Runs to the end, or until Ctrl-C: whether it was reached. Ends the command with 128 and the number of a signal of
+    others (143 for SIGTERM), so that a scheduler does not take the run for finished.
+    """
+    import signal
+
+    if not trainer.run() and trainer.stopped not in (None, signal.SIGINT):
+        raise typer.Exit(128 + trainer.stopped)
+    return trainer.done

@@ -63,7 +63,7 @@ class Trainer:
             self.tell("resumed", self, resumed)
             self.tell("say", f"resuming {self.out} at step {self.state.step}")
         self.step = Step(model, self.state.optimizer, self.train_data, config)
-        self._stop = None
+        self.stopped = None  # by which signal
 
     @classmethod
     def resume(cls, out, *, listeners=(), asked=None, **changes):
@@ -84,7 +84,9 @@ class Trainer:
         return self.state.step >= self.config.steps
 
     def run(self):
-        """Trains to the last step, or until SIGINT or SIGTERM, which finish the step and save. True at the end."""
+        """Trains to the last step, or until SIGINT, SIGTERM or SIGHUP, which finish the step and save. True at the end;
+        `stopped` is the signal where it was not reached.
+        """
         config, state = self.config, self.state
         self.out.mkdir(parents=True, exist_ok=True)
         config.dump(self.out / "train.json")
@@ -98,7 +100,7 @@ class Trainer:
                 self._tell_row(self._first_loss(), self.evaluate(), None, None)
             self.tell("started", self)
             clock, clock_step = time.perf_counter(), state.step
-            while not self.done and self._stop is None:
+            while not self.done and self.stopped is None:
                 loss, norm = self.train_step()
                 self.tell("stepped", self, loss)
                 if state.step % config.eval_every == 0 or self.done:
@@ -113,7 +115,7 @@ class Trainer:
             if not self.done:
                 self.save()
                 self.tell(
-                    "say", f"stopped by {self._stop} and saved at step {state.step}; "
+                    "say", f"stopped by {self.stopped.name} and saved at step {state.step}; "
                     f"go on with: fastlm train --resume --out {self.out}"
                 )
         self.tell("finished", self)
@@ -172,16 +174,22 @@ class Trainer:
 
     @contextlib.contextmanager
     def _signals(self):
-        """While it is open, SIGINT and SIGTERM ask the loop to stop; a second SIGINT interrupts at once."""
-        def ask(number, frame):
-            if self._stop is not None:
-                raise KeyboardInterrupt
-            self._stop = signal.Signals(number).name
+        """While it is open, SIGINT, SIGTERM and SIGHUP ask the loop to stop; a second SIGINT interrupts at once.
 
-        try:
-            former = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-        except ValueError:  # not the main thread: its signals are somebody else's
-            former = {}
+        Others come in pairs, from a shell and its terminal, and cut no save off. What is ignored, as SIGHUP under
+        nohup, stays so.
+        """
+        def ask(number, frame):
+            if self.stopped is None:
+                self.stopped = signal.Signals(number)
+            elif number == signal.SIGINT:
+                raise KeyboardInterrupt
+
+        former = {}
+        with contextlib.suppress(ValueError):  # not the main thread: its signals are somebody else's
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                if signal.getsignal(number) != signal.SIG_IGN:
+                    former[number] = signal.signal(number, ask)
         try:
             yield
         finally:
