@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from fastlm.config import GPT2Config
+from fastlm.data.disk import advice, cause
 from fastlm.quantised import GROUP, KINDS, dequantise, head_kind, matrices, quantise
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json")
@@ -162,9 +163,10 @@ def save_quantised(model, directory, *, tokenizer=None, notes=None):
 
 def _write(weights, metadata, model, directory, tokenizer):
     directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=".saving-", dir=directory))
+    staging = None
     try:
+        directory.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(prefix=".saving-", dir=directory))
         save_file(weights, staging / "model.safetensors", metadata=metadata)
         (staging / "config.json").write_text(json.dumps(model.config.dump(), indent=2) + "\n", encoding="utf-8")
         if tokenizer is not None:
@@ -173,5 +175,10 @@ def _write(weights, metadata, model, directory, tokenizer):
             with open(path, "rb") as file:
                 os.fsync(file.fileno())
             os.replace(path, directory / path.name)
+    except (OSError, SafetensorError) as error:
+        raise RuntimeError(
+            f"{directory}: the model could not be written ({cause(error)}); {advice(error, 'pass another directory')}"
+        ) from None
     finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        if staging is not None:
+            shutil.rmtree(staging, ignore_errors=True)

@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import fastlm
+from fastlm import pretrained
 from fastlm.cli import app
 from fastlm.data.tokenizer import Tokenizer
 from fastlm.generation.perplexity import perplexity
@@ -119,3 +120,17 @@ def test_a_damaged_file_is_named(folder, tmp_path, kind, change, told):
     save_file(tensors, path, metadata={"fastlm_quantised": kind} if kind else None)
     with pytest.raises(ValueError, match="model.safetensors: .*" + told):
         fastlm.GPT2.from_pretrained(tmp_path / "out")
+
+
+def test_a_full_disk_is_told_and_leaves_the_model_that_was_there(tmp_path, monkeypatch):
+    model = fastlm.GPT2(fastlm.GPT2Config(vocab_size=20, n_positions=8, n_embd=8, n_layer=1, n_head=1))
+    model.save_pretrained(tmp_path / "out")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(pretrained, "save_file", full)
+    with pytest.raises(RuntimeError, match="out: the model could not be written .No space left on device.; make room"):
+        model.save_pretrained(tmp_path / "out")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before

@@ -279,7 +279,7 @@ def test_an_interruption_leaves_what_was_there(text_file, tmp_path, monkeypatch,
             raise error
 
     monkeypatch.setattr(ShardWriter, "write", interrupted)
-    with pytest.raises(type(error)):
+    with pytest.raises(RuntimeError if isinstance(error, OSError) else type(error)):
         prepare([text_file], out, tokenizer="bytes", overwrite=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == (["out"] if existing else []) + ["text.txt"]
     assert not existing or load_manifest(out, verify=True)["tokenizer"] == "chars"
@@ -296,7 +296,7 @@ def test_a_failed_replacement_puts_the_old_back(text_file, tmp_path, monkeypatch
         replace(source, target)
 
     monkeypatch.setattr(module.os, "replace", failing)
-    with pytest.raises(OSError, match="Input/output"):
+    with pytest.raises(RuntimeError, match="Input/output error.*what was there is untouched"):
         prepare([text_file], out, tokenizer="bytes", overwrite=True)
     assert load_manifest(out, verify=True)["tokenizer"] == "chars"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "text.txt"]
@@ -380,3 +380,40 @@ print(sorted({{"torch", "transformers", "triton"}} & set(sys.modules)))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.stdout.strip() == "[]", done.stderr
+
+
+LIMITED = """
+import resource, signal, sys
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, ({most}, {most}))  # as a disk with no room for more
+from fastlm.cli import main
+sys.argv = ["fastlm", *{arguments!r}]
+main()
+"""
+
+
+def limited(most, *arguments):
+    """`fastlm` with these arguments, where no file can have more than `most` bytes."""
+    code = LIMITED.format(most=most, arguments=[*map(str, arguments)])
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.parametrize("most, file", [(3000, "train_000000.bin"), (1200, "train_000000.bin")])
+@pytest.mark.parametrize("existing", [False, True])
+def test_a_full_disk_is_told_with_the_file_and_what_to_do(text_file, tmp_path, most, file, existing):
+    text_file.write_text(text_file.read_text(encoding="utf-8") * 10, encoding="utf-8")
+    if existing:
+        prepare([text_file], tmp_path / "out", tokenizer="chars")
+    done = limited(most, "data", "prepare", text_file, "--out", tmp_path / "out", "--tokenizer", "bytes", "--overwrite")
+    assert done.returncode == 2 and "Traceback" not in done.stderr and "Errno" not in done.stderr, done.stderr
+    kept = "what was there is untouched" if existing else "nothing of it was kept"
+    for words in (f"{tmp_path / 'out'}: could not be written", f"File too large, {file}", kept,
+                  "make room, or pass another --out"):
+        assert words in done.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == (["out"] if existing else []) + ["text.txt"]
+    assert not existing or load_manifest(tmp_path / "out", verify=True)["tokenizer"] == "chars"
+
+
+def test_a_place_that_cannot_be_written_is_told(text_file, tmp_path):
+    done = run("data", "prepare", text_file, "--out", text_file / "out")
+    assert done.returncode == 2 and "text.txt/out: could not be written (Not a directory" in done.stderr

@@ -18,6 +18,7 @@ import secrets
 import shutil
 from pathlib import Path
 
+from fastlm.data.disk import advice, cause, naming
 from fastlm.data.fingerprint import KINDS, VOCAB_SIZE, fingerprint
 from fastlm.data.shards import SHARD_TOKENS, ShardWriter, read_shard
 from fastlm.data.tokenizer import Tokenizer
@@ -94,7 +95,8 @@ def prepare(
     `val_fraction` of all characters is val, and a document on the border is cut. Where the vocabulary has
     an end of text, it separates the documents of a split. OUT appears complete or not at all; one that
     exists is replaced only with `overwrite`, and only if it holds nothing but what was made here.
-    progress(done, total) is told of characters. Raises ValueError.
+    progress(done, total) is told of characters. Raises ValueError, and RuntimeError where OUT cannot be
+    written (a full disk); what was there is untouched then.
     """
     out = Path(out)
     if not 0 <= val_fraction < 1:
@@ -114,10 +116,10 @@ def prepare(
     vocabulary = _make_tokenizer(tokenizer, corpus, cut, vocab_size, advance)
 
     place = out.resolve()  # a link stays, what it names is replaced
-    place.parent.mkdir(parents=True, exist_ok=True)
     staging = place.parent / f".{place.name}-{secrets.token_hex(4)}"
-    staging.mkdir()
     try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        staging.mkdir()
         manifest = {
             "format": FORMAT, "version": 1,
             "tokenizer": vocabulary.kind if isinstance(tokenizer, Tokenizer) else str(tokenizer),
@@ -139,6 +141,11 @@ def prepare(
         manifest["sha256"] = {file.name: _sha256(file) for file in sorted(staging.iterdir())}
         _write_manifest(staging, manifest)
         _put(staging, place)
+    except OSError as error:
+        kept = "what was there is untouched" if place.exists() else "nothing of it was kept"
+        raise RuntimeError(
+            f"{out}: could not be written ({cause(error)}); {kept}; {advice(error, 'pass another --out')}"
+        ) from None
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return manifest
@@ -279,7 +286,7 @@ def _check_replaceable(out, overwrite):
 
 
 def _write_manifest(directory, manifest):
-    with open(directory / MANIFEST, "w", encoding="utf-8") as file:
+    with naming(directory / MANIFEST), open(directory / MANIFEST, "w", encoding="utf-8") as file:
         file.write(json.dumps(manifest, indent=2) + "\n")
         file.flush()
         os.fsync(file.fileno())

@@ -22,6 +22,8 @@ import numpy as np
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
 
+from fastlm.data.disk import naming
+
 END_OF_TEXT = "<|endoftext|>"
 LARGEST = 2**24  # tokens a vocabulary
 PIECE = 1 << 18  # characters encoded at a time
@@ -223,11 +225,12 @@ class Tokenizer:
         for name, content in contents.items():
             partial = directory / f".{name}.partial"
             try:
-                with open(partial, "w", encoding="utf-8", newline="") as file:
-                    file.write(content)
-                    file.flush()
-                    os.fsync(file.fileno())
-                os.replace(partial, directory / name)
+                with naming(directory / name):
+                    with open(partial, "w", encoding="utf-8", newline="") as file:
+                        file.write(content)
+                        file.flush()
+                        os.fsync(file.fileno())
+                    os.replace(partial, directory / name)
             finally:
                 partial.unlink(missing_ok=True)
 

@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Literal
@@ -93,8 +94,10 @@ class TrainConfig(BaseModel):
         return self
 
     def dump(self, path):
-        """Writes the settings as JSON, from which `load` makes them again."""
-        Path(path).write_text(json.dumps(self.model_dump(), indent=2) + "\n", encoding="utf-8")
+        """Writes the settings as JSON, from which `load` makes them again; a full disk leaves those of before."""
+        partial = Path(path).with_name(f".{Path(path).name}.partial")
+        partial.write_text(json.dumps(self.model_dump(), indent=2) + "\n", encoding="utf-8")
+        os.replace(partial, path)
 
     @classmethod
     def load(cls, path, **changes):

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from fastlm.backends import native
+from fastlm.data.disk import naming
 from fastlm.dispatch.forcing import use
 from fastlm.dispatch.table import TABLE
 from fastlm.training import checkpoint
@@ -88,8 +89,9 @@ class Trainer:
         `stopped` is the signal where it was not reached.
         """
         config, state = self.config, self.state
-        self.out.mkdir(parents=True, exist_ok=True)
-        config.dump(self.out / "train.json")
+        with checkpoint.writing(self.out), naming(self.out / "train.json"):
+            self.out.mkdir(parents=True, exist_ok=True)
+            config.dump(self.out / "train.json")
         if self.device.type == "cpu":
             native.keep_heap()
         for op, backend in state.backends.items():
@@ -166,11 +168,13 @@ class Trainer:
     def save(self):
         """Writes a checkpoint and makes OUT the model of this step."""
         path = checkpoint.save(self.out / "checkpoints", self.state)
-        checkpoint.link(path / "model.safetensors", self.out / "model.safetensors")
-        partial = self.out / ".config.json.partial"
-        partial.write_text(json.dumps(self.state.model.config.dump(), indent=2) + "\n", encoding="utf-8")
-        os.replace(partial, self.out / "config.json")
-        self.tokenizer.save(self.out)
+        with checkpoint.writing(self.out):
+            checkpoint.link(path / "model.safetensors", self.out / "model.safetensors")
+            partial = self.out / ".config.json.partial"
+            with naming(self.out / "config.json"):
+                partial.write_text(json.dumps(self.state.model.config.dump(), indent=2) + "\n", encoding="utf-8")
+                os.replace(partial, self.out / "config.json")
+            self.tokenizer.save(self.out)
 
     @contextlib.contextmanager
     def _signals(self):
