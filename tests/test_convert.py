@@ -1,6 +1,7 @@
 """`fastlm convert`: quantised files, written, read, refused; what they cost."""
 
 import math
+import shutil
 
 import pytest
 import torch
@@ -36,6 +37,16 @@ def convert(folder, out, *arguments, kind="int8", model="model"):
         "convert", "--model", str(folder / model), "--dtype", kind, "--out", str(out), "--text",
         str(folder / "text.txt"), *arguments,
     ])
+
+
+def test_a_byte_order_mark_is_no_text(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "folder")
+    (tmp_path / "folder" / "text.txt").write_bytes(b"\xef\xbb\xbf" + (folder / "text.txt").read_bytes())
+    config = tmp_path / "folder" / "model" / "config.json"
+    config.write_bytes(b"\xef\xbb\xbf" + config.read_bytes())
+    done = [convert(path, tmp_path / f"out{number}") for number, path in enumerate((folder, tmp_path / "folder"))]
+    assert [one.exit_code for one in done] == [0, 0], done[1].output
+    assert done[0].output.splitlines()[0] == done[1].output.splitlines()[0]
 
 
 @pytest.mark.parametrize("kind, share", [("int8", 0.35), ("int4", 0.35)])

@@ -121,7 +121,7 @@ def test_parts_of_files_join_to_the_whole(tmp_path_factory, contents, part, tent
     folder = tmp_path_factory.mktemp("texts")
     for number, content in enumerate(contents):
         (folder / f"{number}.txt").write_bytes(content.encode())
-    text = "".join(contents)
+    text = "".join(content.removeprefix("\ufeff") for content in contents)
     if not text:
         with pytest.raises(ValueError, match="no text found"):
             Corpus([folder])
@@ -135,6 +135,22 @@ def test_parts_of_files_join_to_the_whole(tmp_path_factory, contents, part, tent
         halves = [["".join(parts) for parts in corpus.documents(*both)] for both in ends]
     assert "".join(halves[0]) == text[:cut] and "".join(halves[1]) == text[cut:]
     assert "" not in halves[0] + halves[1]
+
+
+@pytest.mark.parametrize("part", [1, 3, 1 << 20])
+def test_a_byte_order_mark_is_no_text(tmp_path, monkeypatch, part):
+    monkeypatch.setattr(module, "PART", part)
+    for name, content in (("a.txt", "\ufeffab\ufeff" * 4), ("b.txt", "\ufeff"), ("c.txt", "cd" * 9)):
+        (tmp_path / name).write_text(content, encoding="utf-8")
+    manifest = prepare([tmp_path], tmp_path / "out", tokenizer="chars")
+    assert "".join(text_of(tmp_path / "out")) == ("\ufeffab\ufeff" * 4)[1:] + "cd" * 9
+    assert manifest["characters"] == 33 and manifest["skipped_files"] == 1
+    (tmp_path / "d.txt").write_bytes("\ufeffab".encode() + b"\xff")
+    with pytest.raises(ValueError, match="at byte 5"):
+        Corpus([tmp_path / "d.txt"])
+    (tmp_path / "e.txt").write_bytes("ab".encode("utf-16"))
+    with pytest.raises(ValueError, match="is no UTF-8 text .it begins with the byte order mark of UTF-16"):
+        Corpus([tmp_path / "e.txt"])
 
 
 def test_large_output_goes_to_several_shards(text_file, tmp_path):

@@ -108,6 +108,39 @@ def test_standard_input_and_files_that_are_no_text(command, tmp_path):
     assert "empty: holds no prompt" in command("--file", tmp_path / "empty")[2]
 
 
+@pytest.mark.parametrize("encoding", ["cp1252", "ascii", "latin-1:surrogateescape"])
+def test_what_a_terminal_cannot_show_is_replaced(directory, encoding):
+    """The prompt comes back in the text; what is not in the encoding becomes a question mark."""
+    arguments = [sys.executable, "-m", "fastlm.cli", "generate", "--model", directory, "--prompt", "aé😀日z", *GREEDY]
+    done = subprocess.run(arguments, capture_output=True, timeout=120, env={**os.environ, "PYTHONIOENCODING": encoding})
+    assert done.returncode == 0, done.stderr
+    first = "a?" if encoding == "ascii" else "aé"
+    assert done.stdout.startswith(f"{first}??z".encode("latin-1")) and b"5 tokens in" in done.stderr
+
+
+def test_an_encoding_that_says_what_to_do_is_kept(directory):
+    arguments = [sys.executable, "-m", "fastlm.cli", "generate", "--model", directory, "--prompt", "a😀", *GREEDY]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii:backslashreplace"}
+    done = subprocess.run(arguments, capture_output=True, timeout=120, env=environment)
+    assert done.returncode == 0 and done.stdout.startswith(b"a\\U0001f600"), done
+
+
+BOM = b"\xef\xbb\xbf"
+
+
+def test_a_byte_order_mark_is_no_text(command, tmp_path):
+    """In a file of prompts, and on standard input."""
+    (tmp_path / "prompts").write_bytes(BOM + b"Hi\nHo\n")
+    code, texts, told = command(*GREEDY, "--file", tmp_path / "prompts")
+    assert code == 0 and texts.startswith("Hi") and "\ufeff" not in texts
+    assert command(*GREEDY, stdin=BOM + b"Hi\n")[1] == command(*GREEDY, "--prompt", "Hi")[1]
+    (tmp_path / "prompts").write_bytes(BOM + b"\n")
+    assert "holds no prompt" in command("--file", tmp_path / "prompts")[2]
+    (tmp_path / "prompts").write_bytes("Hi".encode("utf-16"))
+    assert "is no UTF-8 text (it begins with the byte order mark of UTF-16" in command(
+        "--file", tmp_path / "prompts")[2]
+
+
 @pytest.mark.parametrize("forced", ["cuda", "softmax_xent=cuda", "abacus", "attention=nothing"])
 def test_a_backend_that_is_not_here(directory, forced):
     if torch.cuda.is_available() and "cuda" in forced:

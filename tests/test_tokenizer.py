@@ -271,6 +271,17 @@ def gpt2_files(tokenizer, folder):
     (folder / "merges.txt").write_text("#version: 0.2\n" + merges, encoding="utf-8")
 
 
+def test_a_byte_order_mark_is_no_token(bpe, tmp_path):
+    """In files that an editor saved."""
+    gpt2_files(bpe, tmp_path)
+    (tmp_path / "other").mkdir()
+    bpe.save(tmp_path / "other")
+    for folder in (tmp_path, tmp_path / "other"):
+        for path in folder.glob("*.*"):
+            path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+        assert Tokenizer.load(folder).encode(AWKWARD) == bpe.encode(AWKWARD)
+
+
 def test_missing_files_are_named(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="has neither tokenizer.json nor vocab.json and merges.txt"):
         Tokenizer.load(tmp_path)

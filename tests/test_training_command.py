@@ -52,6 +52,17 @@ def test_interrupted_command_saves_and_goes_on(tmp_path, text):
     assert code == 0 and f"at step {step}" in output, output + error
 
 
+def test_a_terminal_of_few_characters(tmp_path, text):
+    """A sample, dots and bars that ASCII lacks end no run."""
+    (tmp_path / "text.txt").write_text(text.read_text()[:3000] + "ü😀日" * 400)
+    arguments = ["train", "--data", tmp_path / "text.txt", "--out", tmp_path / "run",
+                 *settings(sample_tokens=20, sample_prompt="ü😀")]
+    run = subprocess.run([sys.executable, "-m", "fastlm.cli", *map(str, arguments)], capture_output=True, timeout=120,
+                         env={**os.environ, "PYTHONIOENCODING": "ascii"})
+    assert run.returncode == 0 and b"a sample:\n\n??" in run.stdout, run.stdout + run.stderr
+    assert (tmp_path / "run" / "loss.png").is_file()
+
+
 def started(out, source, *, wrapper=(), **options):
     """A long run, that has evaluated once and takes steps."""
     arguments = ["train", "--data", source, "--out", out, *settings(steps=100000, save_every=50000)]

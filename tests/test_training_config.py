@@ -34,6 +34,14 @@ def test_bad_settings(call, told):
         call()
 
 
+def test_a_byte_order_mark_is_no_setting(tmp_path):
+    (tmp_path / "run.toml").write_bytes(b"\xef\xbb\xbfsteps = 77\n")
+    assert read_settings(file=tmp_path / "run.toml") == {"steps": 77}
+    TrainConfig(data="x", out="y", steps=7).dump(tmp_path / "train.json")
+    (tmp_path / "train.json").write_bytes(b"\xef\xbb\xbf" + (tmp_path / "train.json").read_bytes())
+    assert TrainConfig.load(tmp_path / "train.json").steps == 7
+
+
 def test_bad_toml(tmp_path):
     (tmp_path / "run.toml").write_text("steps = = 3")
     with pytest.raises(ValueError, match="no valid TOML"):

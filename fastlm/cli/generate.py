@@ -63,22 +63,25 @@ def generate(
 
 def _read(prompt, file):
     """The prompts: the option, the file's lines, or standard input."""
+    from fastlm.data.text import MARK
+    from fastlm.data.text import read as read_text
+
     if prompt is not None and file is not None:
         raise ValueError("got both --prompt and --file, wanted one of them")
     source = "--prompt" if prompt not in (None, "-") else "standard input"
     try:
         if file is not None:
             source = str(file)
-            prompts = [line for line in file.read_text(encoding="utf-8").split("\n") if line]
+            prompts = [line for line in read_text(file).split("\n") if line]
             if not prompts:
                 raise ValueError(f"{file}: holds no prompt, wanted one a line")
             return prompts
-        text = prompt if source == "--prompt" else sys.stdin.read().removesuffix("\n")
+        text = prompt if source == "--prompt" else sys.stdin.read().removeprefix(MARK).removesuffix("\n")
         text.encode()  # raises for bytes that the terminal's encoding could not read
     except OSError as error:
         raise ValueError(f"{source}: cannot be read ({error.strerror})") from None
-    except UnicodeError:
-        raise ValueError(f"{source}: is no UTF-8 text") from None
+    except UnicodeError as error:
+        raise ValueError(f"{source}: is no UTF-8 text ({error.reason})") from None
     if not text:
         raise ValueError("the prompt is empty; pass --prompt TEXT, --file PATH, or text on standard input")
     return [text]

@@ -21,6 +21,7 @@ from pathlib import Path
 from fastlm.data.disk import advice, cause, naming
 from fastlm.data.fingerprint import KINDS, VOCAB_SIZE, fingerprint
 from fastlm.data.shards import SHARD_TOKENS, ShardWriter, read_shard
+from fastlm.data.text import MARK, reason
 from fastlm.data.tokenizer import Tokenizer
 
 MANIFEST = "manifest.json"
@@ -61,8 +62,9 @@ class Corpus:
                         digest.update(part.encode())
                 except UnicodeDecodeError as error:
                     if file == path:
-                        reason = f"{error.reason} at byte {error.start}"
-                        raise ValueError(f"{file}: is no UTF-8 text ({reason}); pass text files") from None
+                        with open(file, "rb") as source:
+                            why = reason(error, source.read(2))
+                        raise ValueError(f"{file}: is no UTF-8 text ({why}); pass text files") from None
                     count = 0
                 if count:
                     self.files[file] = count
@@ -237,8 +239,8 @@ def _below(folder, leave_out):
 
 
 def _parts(file):
-    """The text of a file in parts; UnicodeDecodeError where it is no UTF-8 text."""
-    decoder, at = codecs.getincrementaldecoder("utf-8")(), 0
+    """The text of a file in parts, without a byte order mark; UnicodeDecodeError where it is no UTF-8 text."""
+    decoder, at, begun = codecs.getincrementaldecoder("utf-8")(), 0, False
     try:
         with open(file, "rb") as source:
             while True:
@@ -247,7 +249,9 @@ def _parts(file):
                     raise UnicodeDecodeError("utf-8", data, zero, zero + 1, "a zero byte")
                 pending = len(decoder.getstate()[0])
                 if text := decoder.decode(data, final=not data):
-                    yield text
+                    text, begun = text if begun else text.removeprefix(MARK), True
+                    if text:
+                        yield text
                 if not data:
                     return
                 at += len(data)

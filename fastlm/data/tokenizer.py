@@ -23,6 +23,7 @@ import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
 
 from fastlm.data.disk import naming
+from fastlm.data.text import read
 
 END_OF_TEXT = "<|endoftext|>"
 LARGEST = 2**24  # tokens a vocabulary
@@ -371,11 +372,11 @@ def _guarded(function, *arguments):
 
 def _text(path):
     try:
-        return path.read_bytes().decode("utf-8")
+        return read(path)
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: is no UTF-8 text ({error.reason} at byte {error.start})") from None
+        raise ValueError(f"{path}: is no UTF-8 text ({error.reason})") from None
 
 
 def _json(path, text):

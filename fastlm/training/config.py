@@ -103,7 +103,7 @@ class TrainConfig(BaseModel):
     def load(cls, path, **changes):
         """The settings of a run's train.json, with changes."""
         try:
-            values = json.loads(Path(path).read_text(encoding="utf-8"))
+            values = json.loads(Path(path).read_text(encoding="utf-8-sig"))
         except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
             raise ValueError(f"{path}: no settings of a run ({error})") from None
         if not isinstance(values, dict):
@@ -128,7 +128,7 @@ def read_settings(*, preset=None, file=None, settings=(), **given):
         values |= PRESETS[preset]
     if file is not None:
         try:
-            values |= tomllib.loads(Path(file).read_text(encoding="utf-8"))
+            values |= tomllib.loads(Path(file).read_text(encoding="utf-8-sig"))
         except OSError as error:
             raise ValueError(f"{file}: cannot be read ({error.strerror})") from None
         except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
