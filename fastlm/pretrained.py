@@ -15,7 +15,8 @@ from fastlm.config import GPT2Config
 from fastlm.data.disk import advice, cause
 from fastlm.quantised import GROUP, KINDS, dequantise, head_kind, matrices, quantise
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json",
+                   "added_tokens.json")
 
 
 def load(cls, name, *, device=None, dtype=torch.float32):
@@ -170,7 +171,7 @@ def _write(weights, metadata, model, directory, tokenizer):
         save_file(weights, staging / "model.safetensors", metadata=metadata)
         (staging / "config.json").write_text(json.dumps(model.config.dump(), indent=2) + "\n", encoding="utf-8")
         if tokenizer is not None:
-            tokenizer.save(staging)
+            tokenizer.save(staging, max_length=model.config.n_positions)
         for path in sorted(staging.iterdir()):
             with open(path, "rb") as file:
                 os.fsync(file.fileno())

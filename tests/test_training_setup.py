@@ -229,6 +229,21 @@ def test_a_padded_vocabulary_is_trained_on_and_its_pads_never_drawn(tmp_path, te
     assert Trainer.resume(tmp_path / "run", steps=5).run()
 
 
+def test_a_pad_that_the_tokenizer_adds_to_a_model_without_one(tmp_path, text):
+    """As GPT-2 with pad_token "[PAD]": 50258 tokens of the tokenizer, 50257 of the model. The role is kept."""
+    model = fastlm.GPT2(fastlm.GPT2Config(vocab_size=257, n_positions=24, n_embd=32, n_layer=1, n_head=4))
+    model.save_pretrained(tmp_path / "base", tokenizer=Tokenizer.bytes())
+    path = tmp_path / "base" / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "pad_token": "[PAD]"}))
+    trainer = Trainer(from_base(tmp_path / "base", text, tmp_path / "run"))
+    assert trainer.tokenizer.vocab_size == 258 and trainer.run()
+    saved = Tokenizer.load(tmp_path / "run")
+    assert saved.roles["pad_token"] == "[PAD]" and saved.max_length == 24
+    path.write_text(json.dumps({**json.loads(path.read_text()), "additional_special_tokens": ["<speaker>"]}))
+    with pytest.raises(ValueError, match="has vocab_size 257 .* but the run needs 259"):
+        Trainer(from_base(tmp_path / "base", text, tmp_path / "other"))
+
+
 # ---- shards of another program, and data without a held-out split
 
 

@@ -166,7 +166,9 @@ def make_model(config, tokenizer, *, asked=(), resumed=False):
     vocab = tokenizer.vocab_size
     if config.init_from is not None:
         model = _base_model(config, asked, resumed)
-        if model.config.vocab_size < vocab or model.config.n_positions < config.sequence_length:
+        roles = {tokenizer.backend.token_to_id(token) for token in tokenizer.roles.values() if isinstance(token, str)}
+        # A pad that the tokenizer adds to a model without one occurs in no text.
+        if set(range(model.config.vocab_size, vocab)) - roles or model.config.n_positions < config.sequence_length:
             raise ValueError(
                 f"{config.init_from}: has vocab_size {model.config.vocab_size} and n_positions "
                 f"{model.config.n_positions}, but the run needs {vocab} and {config.sequence_length}; set "

@@ -56,6 +56,8 @@ class Trainer:
         torch.manual_seed(config.seed)
         model = make_model(config, self.tokenizer, asked=asked, resumed=again).to(self.device)
         self.config = config = settled(config, model, data)
+        for loader in filter(None, (self.train_data, self.val_data)):
+            loader.vocab_size = min(loader.vocab_size, model.config.vocab_size)
         self.state = State(model, AdamW(model, config), generators(self.device))
         if resumed is None:
             self.state.backends = find_backends(model, self.state.optimizer, config.dtype)
@@ -174,7 +176,7 @@ class Trainer:
             with naming(self.out / "config.json"):
                 partial.write_text(json.dumps(self.state.model.config.dump(), indent=2) + "\n", encoding="utf-8")
                 os.replace(partial, self.out / "config.json")
-            self.tokenizer.save(self.out)
+            self.tokenizer.save(self.out, max_length=self.state.model.config.n_positions)
 
     @contextlib.contextmanager
     def _signals(self):
