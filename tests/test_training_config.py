@@ -24,6 +24,7 @@ def test_settings_by_precedence(tmp_path):
         (lambda: read_settings(file="/nowhere.toml"), "/nowhere.toml: cannot be read"),
         (lambda: TrainConfig(data="x", out="y", steps=0), "steps is 0"),
         (lambda: TrainConfig(data="x", out="y", n_embd=10, n_head=3), "n_embd=10 is no multiple of n_head=3"),
+        (lambda: TrainConfig(data="x", out="y", eval_tokens=0), "eval_tokens is 0"),
         (lambda: TrainConfig(out="y"), "data is missing; pass --data"),
         (lambda: TrainConfig(data="x", out="y", dtype="fp8"), "dtype is 'fp8'"),
         (lambda: TrainConfig(data="x", out="y", learning_rate=1e-5), "min_learning_rate=6e-05 is above"),

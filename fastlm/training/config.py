@@ -74,6 +74,7 @@ class TrainConfig(BaseModel):
     compile: bool = Field(False, description="torch.compile the model")
     seed: int = Field(1337, ge=0, lt=2**31)
     eval_every: int = Field(250, ge=1)
+    eval_tokens: int | None = Field(None, ge=1, description="of what is held out an evaluation reads; all unless given")
     save_every: int = Field(500, ge=1)
     sample_prompt: str | None = None
     sample_tokens: int = Field(200, ge=0)

@@ -30,6 +30,7 @@ from fastlm.training.step import Step, autocast, lacks
 
 MOST_SKIPPED = 10  # steps in a row without a finite gradient before the run gives up
 EVAL_TOKENS = 8192  # tokens evaluated at a time
+NOTICED = 0.5  # seconds of an evaluation that nobody minds
 
 
 class Trainer:
@@ -53,6 +54,9 @@ class Trainer:
         again = resumed is not None
         data, self.tokenizer = find_data(config, asked, self.tell, resumed=again)
         self.train_data, self.val_data = find_loaders(config, data, self.tokenizer)
+        held_out = 0 if self.val_data is None else self.val_data.targets
+        if held_out > (config.eval_tokens or held_out):
+            self.tell("say", f"an evaluation reads {config.eval_tokens:,} of {held_out:,} held-out tokens")
         torch.manual_seed(config.seed)
         model = make_model(config, self.tokenizer, asked=asked, resumed=again).to(self.device)
         self.config = config = settled(config, model, data)
@@ -103,7 +107,7 @@ class Trainer:
             if state.step == 0:
                 self._tell_row(self._first_loss(), self.evaluate(), None, None)
             self.tell("started", self)
-            clock, clock_step = time.perf_counter(), state.step
+            clock, clock_step, slow = time.perf_counter(), state.step, False
             while not self.done and self.stopped is None:
                 loss, norm = self.train_step()
                 self.tell("stepped", self, loss)
@@ -111,7 +115,14 @@ class Trainer:
                     elapsed = time.perf_counter() - clock
                     tokens = (state.step - clock_step) * config.batch_size * config.sequence_length
                     mean = state.loss_sum / max(state.loss_steps, 1)
-                    self._tell_row(mean, self.evaluate(), norm, round(tokens / elapsed, 1))
+                    val_loss, took = self.evaluate(), time.perf_counter() - clock - elapsed
+                    self._tell_row(mean, val_loss, norm, round(tokens / elapsed, 1))
+                    if took > max(elapsed, NOTICED) and not slow and not self.done:
+                        slow = True
+                        self.tell(
+                            "say", f"an evaluation takes longer than the {state.step - clock_step} steps between "
+                            f"({took:.0f} s, {elapsed:.0f} s); --set eval_tokens=N reads less, eval_every=N is rarer"
+                        )
                     state.loss_sum, state.loss_steps = 0.0, 0
                     clock, clock_step = time.perf_counter(), state.step
                 if state.step % config.save_every == 0 or self.done:
@@ -140,12 +151,15 @@ class Trainer:
         return loss, norm
 
     def evaluate(self):
-        """The mean loss over the val split, every target counted once, in nats per token; None where there is none."""
+        """The mean loss over the val split, or eval_tokens of it, every target counted once, in nats per token; None
+        where there is none.
+        """
         if self.val_data is None:
             return None
         self.state.model.eval()
         total, count = 0.0, 0
-        for tokens, targets in self.val_data.whole(max(1, EVAL_TOKENS // self.config.sequence_length)):
+        rows = max(1, EVAL_TOKENS // self.config.sequence_length)
+        for tokens, targets in self.val_data.whole(rows, self.config.eval_tokens):
             total, count = total + self._loss(tokens, targets) * targets.numel(), count + targets.numel()
         return total / count
 
