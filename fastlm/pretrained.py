@@ -73,7 +73,7 @@ def _weight_files(directory):
     if single.is_file():
         return [single]
     if not index.is_file():
-        raise ValueError(f"{directory}: has no model.safetensors")
+        raise ValueError(f"{directory}: has no model.safetensors{_instead(directory)}")
     try:
         names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
     except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
@@ -82,6 +82,29 @@ def _weight_files(directory):
         if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
             raise ValueError(f"{index}: names {name!r}, wanted a .safetensors file in the same directory")
     return [directory / name for name in sorted(names)]
+
+
+def _instead(directory):
+    """What a directory without safetensors has in its place, and the line that converts it; it is never read here."""
+    for pattern, option, with_what in OTHERS:
+        if found := sorted(directory.glob(pattern)):
+            told = f", but {found[0].name}, which is not read here"
+            if option is None:
+                return f"{told}; pass the model that it was made from"
+            return (
+                f"{told}. If you trust it, convert it once, where {with_what} is: python -c \"from transformers import "
+                f"GPT2LMHeadModel; GPT2LMHeadModel.from_pretrained('{directory}'{option})"
+                f".save_pretrained('{directory}')\""
+            )
+    return "; pass a directory that has"
+
+
+# Weights in other formats: (files, an option of transformers' from_pretrained, what reads them).
+OTHERS = [
+    ("pytorch_model*.bin*", "", "transformers"), ("tf_model.h5", ", from_tf=True", "transformers 4 with tensorflow"),
+    ("flax_model.msgpack", ", from_flax=True", "transformers 4 with flax"), ("*.gguf", None, None),
+    ("*.ckpt*", None, None), ("*.onnx", None, None), ("*.pt", None, None), ("*.pth", None, None),
+]
 
 
 def _fill(wanted, path):
