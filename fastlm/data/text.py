@@ -16,8 +16,8 @@ def decode(data):
 
 
 def read(path):
-    """The text of a file; OSError or UnicodeDecodeError."""
-    return decode(Path(path).read_bytes())
+    """The text of a file, its lines ending in newlines alone; OSError or UnicodeDecodeError."""
+    return decode(Path(path).read_bytes()).replace("\r\n", "\n").replace("\r", "\n")
 
 
 def reason(error, begins):
