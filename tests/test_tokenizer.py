@@ -1,7 +1,9 @@
 """Tokenizer: every text comes back, transformers reads what it writes, and damage is named, not loaded."""
 
 import json
+import re
 import shutil
+import time
 
 import numpy as np
 import pytest
@@ -189,6 +191,28 @@ def test_training_is_a_function_of_the_text(bpe, monkeypatch):
     parts = [TRAINING[at : at + 77] for at in range(0, len(TRAINING), 77)]
     monkeypatch.setattr(module, "PIECE", 50)
     assert Tokenizer.train_bpe([parts], 340).backend.to_str() == bpe.backend.to_str()
+
+
+@pytest.mark.parametrize("text", [
+    "".join(chr(0x4E00 + n * n % 2500) for n in range(100_000)), "x1" * 100_000, " " * 300_000, "\n" * 300_000,
+], ids=["chinese", "no spaces", "spaces", "newlines"])
+def test_words_are_bounded_in_training(text):
+    """A text without spaces is one word to GPT-2's pattern, and merges take as long as its square."""
+    words = list(module._words(text))
+    assert "".join(words) == text
+    longest = max(len(word) for piece in words for word in re.findall(r"\s+|\S+", piece))
+    assert longest <= module.LONGEST_WORD
+    begun = time.monotonic()
+    tokenizer = Tokenizer.train_bpe(text, 600)
+    assert time.monotonic() - begun < 20
+    assert tokenizer.decode(tokenizer.encode(text[:1000])) == text[:1000]
+
+
+def test_bounded_words_change_no_ordinary_text():
+    assert list(module._words(TRAINING)) == [TRAINING]
+    long = "a" * module.LONGEST_WORD
+    assert list(module._words(f"x {long} y")) == [f"x {long} y"]
+    assert list(module._words(f"x {long}b y")) == [f"x {long}", "b y"]
 
 
 def test_the_end_of_text_is_no_word_to_learn():
