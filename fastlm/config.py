@@ -78,7 +78,7 @@ class GPT2Config(BaseModel):
         """The config of a Hugging Face config.json; ValueError where it is no JSON or describes another model."""
         path = Path(path)
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
+            values = json.loads(path.read_text(encoding="utf-8-sig"))
         except OSError as error:
             raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
         except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:

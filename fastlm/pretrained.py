@@ -12,9 +12,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from fastlm.config import GPT2Config
+from fastlm.data.disk import advice, cause
 from fastlm.quantised import GROUP, KINDS, dequantise, head_kind, matrices, quantise
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json",
+                   "added_tokens.json")
 
 
 def load(cls, name, *, device=None, dtype=torch.float32):
@@ -71,7 +73,7 @@ def _weight_files(directory):
     if single.is_file():
         return [single]
     if not index.is_file():
-        raise ValueError(f"{directory}: has no model.safetensors")
+        raise ValueError(f"{directory}: has no model.safetensors{_instead(directory)}")
     try:
         names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
     except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
@@ -80,6 +82,29 @@ def _weight_files(directory):
         if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
             raise ValueError(f"{index}: names {name!r}, wanted a .safetensors file in the same directory")
     return [directory / name for name in sorted(names)]
+
+
+def _instead(directory):
+    """What a directory without safetensors has in its place, and the line that converts it; it is never read here."""
+    for pattern, option, with_what in OTHERS:
+        if found := sorted(directory.glob(pattern)):
+            told = f", but {found[0].name}, which is not read here"
+            if option is None:
+                return f"{told}; pass the model that it was made from"
+            return (
+                f"{told}. If you trust it, convert it once, where {with_what} is: python -c \"from transformers import "
+                f"GPT2LMHeadModel; GPT2LMHeadModel.from_pretrained('{directory}'{option})"
+                f".save_pretrained('{directory}')\""
+            )
+    return "; pass a directory that has"
+
+
+# Weights in other formats: (files, an option of transformers' from_pretrained, what reads them).
+OTHERS = [
+    ("pytorch_model*.bin*", "", "transformers"), ("tf_model.h5", ", from_tf=True", "transformers 4 with tensorflow"),
+    ("flax_model.msgpack", ", from_flax=True", "transformers 4 with flax"), ("*.gguf", None, None),
+    ("*.ckpt*", None, None), ("*.onnx", None, None), ("*.pt", None, None), ("*.pth", None, None),
+]
 
 
 def _fill(wanted, path):
@@ -162,16 +187,22 @@ def save_quantised(model, directory, *, tokenizer=None, notes=None):
 
 def _write(weights, metadata, model, directory, tokenizer):
     directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=".saving-", dir=directory))
+    staging = None
     try:
+        directory.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(prefix=".saving-", dir=directory))
         save_file(weights, staging / "model.safetensors", metadata=metadata)
         (staging / "config.json").write_text(json.dumps(model.config.dump(), indent=2) + "\n", encoding="utf-8")
         if tokenizer is not None:
-            tokenizer.save(staging)
+            tokenizer.save(staging, max_length=model.config.n_positions)
         for path in sorted(staging.iterdir()):
             with open(path, "rb") as file:
                 os.fsync(file.fileno())
             os.replace(path, directory / path.name)
+    except (OSError, SafetensorError) as error:
+        raise RuntimeError(
+            f"{directory}: the model could not be written ({cause(error)}); {advice(error, 'pass another directory')}"
+        ) from None
     finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        if staging is not None:
+            shutil.rmtree(staging, ignore_errors=True)

@@ -1,6 +1,11 @@
 """`fastlm convert`: quantised files, written, read, refused; what they cost."""
 
 import math
+import os
+import re
+import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -9,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import fastlm
+from fastlm import pretrained
 from fastlm.cli import app
 from fastlm.data.tokenizer import Tokenizer
 from fastlm.generation.perplexity import perplexity
@@ -35,6 +41,16 @@ def convert(folder, out, *arguments, kind="int8", model="model"):
         "convert", "--model", str(folder / model), "--dtype", kind, "--out", str(out), "--text",
         str(folder / "text.txt"), *arguments,
     ])
+
+
+def test_a_byte_order_mark_is_no_text(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "folder")
+    (tmp_path / "folder" / "text.txt").write_bytes(b"\xef\xbb\xbf" + (folder / "text.txt").read_bytes())
+    config = tmp_path / "folder" / "model" / "config.json"
+    config.write_bytes(b"\xef\xbb\xbf" + config.read_bytes())
+    done = [convert(path, tmp_path / f"out{number}") for number, path in enumerate((folder, tmp_path / "folder"))]
+    assert [one.exit_code for one in done] == [0, 0], done[1].output
+    assert done[0].output.splitlines()[0] == done[1].output.splitlines()[0]
 
 
 @pytest.mark.parametrize("kind, share", [("int8", 0.35), ("int4", 0.35)])
@@ -119,3 +135,51 @@ def test_a_damaged_file_is_named(folder, tmp_path, kind, change, told):
     save_file(tensors, path, metadata={"fastlm_quantised": kind} if kind else None)
     with pytest.raises(ValueError, match="model.safetensors: .*" + told):
         fastlm.GPT2.from_pretrained(tmp_path / "out")
+
+
+@pytest.mark.parametrize("names, line", [
+    (["pytorch_model.bin"], "from_pretrained"),
+    (["pytorch_model.bin.index.json", "pytorch_model-00001-of-00002.bin"], "from_pretrained"),
+    (["tf_model.h5"], "from_tf=True"), (["flax_model.msgpack"], "from_flax=True"), (["model.gguf"], None), ([], None),
+])
+def test_weights_in_another_format_are_named_with_the_line_that_converts_them(tmp_path, names, line):
+    model = fastlm.GPT2(fastlm.GPT2Config(vocab_size=20, n_positions=8, n_embd=8, n_layer=1, n_head=1))
+    model.save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    for name in names:
+        (tmp_path / name).write_bytes(b"cos\nsystem\n(S'touch /tmp/unpickled'\ntR.")  # as a pickle it would run
+    with pytest.raises(ValueError, match="has no model.safetensors") as raised:
+        fastlm.GPT2.from_pretrained(tmp_path)
+    told = str(raised.value)
+    assert any(name in told for name in names) == bool(names) and not os.path.exists("/tmp/unpickled")
+    if line:
+        assert f"GPT2LMHeadModel.from_pretrained('{tmp_path}'" in told and line in told and "save_pretrained(" in told
+
+
+def test_the_line_that_converts_does(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(
+        vocab_size=20, n_positions=8, n_embd=8, n_layer=1, n_head=1, bos_token_id=0, eos_token_id=0))
+    theirs.save_pretrained(tmp_path)
+    torch.save(theirs.state_dict(), tmp_path / "pytorch_model.bin")
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(ValueError) as raised:
+        fastlm.GPT2.from_pretrained(tmp_path)
+    line = re.search(r'python -c "(.*)"', str(raised.value))[1]
+    subprocess.run([sys.executable, "-c", line], check=True, timeout=120, capture_output=True)
+    ours = fastlm.GPT2.from_pretrained(tmp_path)
+    assert torch.equal(ours.transformer.wte.weight, theirs.transformer.wte.weight)
+
+
+def test_a_full_disk_is_told_and_leaves_the_model_that_was_there(tmp_path, monkeypatch):
+    model = fastlm.GPT2(fastlm.GPT2Config(vocab_size=20, n_positions=8, n_embd=8, n_layer=1, n_head=1))
+    model.save_pretrained(tmp_path / "out")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(pretrained, "save_file", full)
+    with pytest.raises(RuntimeError, match="out: the model could not be written .No space left on device.; make room"):
+        model.save_pretrained(tmp_path / "out")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before

@@ -121,7 +121,7 @@ def test_parts_of_files_join_to_the_whole(tmp_path_factory, contents, part, tent
     folder = tmp_path_factory.mktemp("texts")
     for number, content in enumerate(contents):
         (folder / f"{number}.txt").write_bytes(content.encode())
-    text = "".join(contents)
+    text = "".join(content.removeprefix("\ufeff") for content in contents)
     if not text:
         with pytest.raises(ValueError, match="no text found"):
             Corpus([folder])
@@ -135,6 +135,22 @@ def test_parts_of_files_join_to_the_whole(tmp_path_factory, contents, part, tent
         halves = [["".join(parts) for parts in corpus.documents(*both)] for both in ends]
     assert "".join(halves[0]) == text[:cut] and "".join(halves[1]) == text[cut:]
     assert "" not in halves[0] + halves[1]
+
+
+@pytest.mark.parametrize("part", [1, 3, 1 << 20])
+def test_a_byte_order_mark_is_no_text(tmp_path, monkeypatch, part):
+    monkeypatch.setattr(module, "PART", part)
+    for name, content in (("a.txt", "\ufeffab\ufeff" * 4), ("b.txt", "\ufeff"), ("c.txt", "cd" * 9)):
+        (tmp_path / name).write_text(content, encoding="utf-8")
+    manifest = prepare([tmp_path], tmp_path / "out", tokenizer="chars")
+    assert "".join(text_of(tmp_path / "out")) == ("\ufeffab\ufeff" * 4)[1:] + "cd" * 9
+    assert manifest["characters"] == 33 and manifest["skipped_files"] == 1
+    (tmp_path / "d.txt").write_bytes("\ufeffab".encode() + b"\xff")
+    with pytest.raises(ValueError, match="at byte 5"):
+        Corpus([tmp_path / "d.txt"])
+    (tmp_path / "e.txt").write_bytes("ab".encode("utf-16"))
+    with pytest.raises(ValueError, match="is no UTF-8 text .it begins with the byte order mark of UTF-16"):
+        Corpus([tmp_path / "e.txt"])
 
 
 def test_large_output_goes_to_several_shards(text_file, tmp_path):
@@ -279,7 +295,7 @@ def test_an_interruption_leaves_what_was_there(text_file, tmp_path, monkeypatch,
             raise error
 
     monkeypatch.setattr(ShardWriter, "write", interrupted)
-    with pytest.raises(type(error)):
+    with pytest.raises(RuntimeError if isinstance(error, OSError) else type(error)):
         prepare([text_file], out, tokenizer="bytes", overwrite=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == (["out"] if existing else []) + ["text.txt"]
     assert not existing or load_manifest(out, verify=True)["tokenizer"] == "chars"
@@ -296,7 +312,7 @@ def test_a_failed_replacement_puts_the_old_back(text_file, tmp_path, monkeypatch
         replace(source, target)
 
     monkeypatch.setattr(module.os, "replace", failing)
-    with pytest.raises(OSError, match="Input/output"):
+    with pytest.raises(RuntimeError, match="Input/output error.*what was there is untouched"):
         prepare([text_file], out, tokenizer="bytes", overwrite=True)
     assert load_manifest(out, verify=True)["tokenizer"] == "chars"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "text.txt"]
@@ -380,3 +396,40 @@ print(sorted({{"torch", "transformers", "triton"}} & set(sys.modules)))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.stdout.strip() == "[]", done.stderr
+
+
+LIMITED = """
+import resource, signal, sys
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, ({most}, {most}))  # as a disk with no room for more
+from fastlm.cli import main
+sys.argv = ["fastlm", *{arguments!r}]
+main()
+"""
+
+
+def limited(most, *arguments):
+    """`fastlm` with these arguments, where no file can have more than `most` bytes."""
+    code = LIMITED.format(most=most, arguments=[*map(str, arguments)])
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.parametrize("most, file", [(3000, "train_000000.bin"), (1200, "train_000000.bin")])
+@pytest.mark.parametrize("existing", [False, True])
+def test_a_full_disk_is_told_with_the_file_and_what_to_do(text_file, tmp_path, most, file, existing):
+    text_file.write_text(text_file.read_text(encoding="utf-8") * 10, encoding="utf-8")
+    if existing:
+        prepare([text_file], tmp_path / "out", tokenizer="chars")
+    done = limited(most, "data", "prepare", text_file, "--out", tmp_path / "out", "--tokenizer", "bytes", "--overwrite")
+    assert done.returncode == 2 and "Traceback" not in done.stderr and "Errno" not in done.stderr, done.stderr
+    kept = "what was there is untouched" if existing else "nothing of it was kept"
+    for words in (f"{tmp_path / 'out'}: could not be written", f"File too large, {file}", kept,
+                  "make room, or pass another --out"):
+        assert words in done.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == (["out"] if existing else []) + ["text.txt"]
+    assert not existing or load_manifest(tmp_path / "out", verify=True)["tokenizer"] == "chars"
+
+
+def test_a_place_that_cannot_be_written_is_told(text_file, tmp_path):
+    done = run("data", "prepare", text_file, "--out", text_file / "out")
+    assert done.returncode == 2 and "text.txt/out: could not be written (Not a directory" in done.stderr

@@ -108,6 +108,79 @@ def test_standard_input_and_files_that_are_no_text(command, tmp_path):
     assert "empty: holds no prompt" in command("--file", tmp_path / "empty")[2]
 
 
+def test_many_prompts_come_in_batches_and_in_order(command, tmp_path, monkeypatch):
+    """The same draws however many are computed at once, and no batch larger than asked for."""
+    module = sys.modules["fastlm.generation.generate"]
+    prompts, sizes, run = tmp_path / "prompts.txt", [], module._run
+    prompts.write_text("\n".join(f"{'long ' * (n % 3)}prompt {n}" for n in range(70)))
+    monkeypatch.setattr(module, "_run", lambda model, prompts, *rest: sizes.append(len(prompts)) or run(
+        model, prompts, *rest))
+    options = "--file", prompts, "--max-new-tokens", "3", "--seed", "7"
+    texts = command(*options, "--batch-size", "70")[1]
+    assert sizes == [70]
+    for size, wanted in (("1", [1] * 70), ("32", [32, 32, 6]), (None, [32, 32, 6])):
+        sizes.clear()
+        code, found, told = command(*options, *(["--batch-size", size] if size else []))
+        assert code == 0 and found == texts and "tokens in" in told and sizes == wanted
+    sizes.clear()
+    command(*options, "--batch-size", "32", "--num-return-sequences", "4")
+    assert sizes == [8] * 8 + [6]  # rows, with the texts of a prompt
+    code, text, told = command(*options, "--batch-size", "0")
+    assert code == 2 and "batch_size is 0, wanted a whole number ≥ 1" in told and not text
+
+
+def test_a_prompt_that_does_not_fit_is_told_before_the_first_is_written(command, tmp_path):
+    """By its number among all, though it lies in the last batch."""
+    (tmp_path / "prompts.txt").write_text("a\n" * 5 + "b" * 64)
+    code, text, told = command("--file", tmp_path / "prompts.txt", "--batch-size", "2")
+    assert code == 2 and not text and "prompt 5 has 64 tokens" in told
+
+
+def test_batches_from_python(directory):
+    model, tokenizer = fastlm.GPT2.from_pretrained(directory), Tokenizer.bytes()
+    texts = [f"prompt {n}" for n in range(9)]
+    whole = fastlm.generate(model, tokenizer, texts, max_new_tokens=4, seed=3, num_return_sequences=2)
+    assert fastlm.generate(model, tokenizer, texts, max_new_tokens=4, seed=3, num_return_sequences=2,
+                           batch_size=4) == whole
+    torch.manual_seed(5)
+    whole = fastlm.generate(model, tokenizer, texts, max_new_tokens=4)
+    torch.manual_seed(5)
+    assert fastlm.generate(model, tokenizer, texts, max_new_tokens=4, batch_size=2) == whole
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "ascii", "latin-1:surrogateescape"])
+def test_what_a_terminal_cannot_show_is_replaced(directory, encoding):
+    """The prompt comes back in the text; what is not in the encoding becomes a question mark."""
+    arguments = [sys.executable, "-m", "fastlm.cli", "generate", "--model", directory, "--prompt", "aé😀日z", *GREEDY]
+    done = subprocess.run(arguments, capture_output=True, timeout=120, env={**os.environ, "PYTHONIOENCODING": encoding})
+    assert done.returncode == 0, done.stderr
+    first = "a?" if encoding == "ascii" else "aé"
+    assert done.stdout.startswith(f"{first}??z".encode("latin-1")) and b"5 tokens in" in done.stderr
+
+
+def test_an_encoding_that_says_what_to_do_is_kept(directory):
+    arguments = [sys.executable, "-m", "fastlm.cli", "generate", "--model", directory, "--prompt", "a😀", *GREEDY]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii:backslashreplace"}
+    done = subprocess.run(arguments, capture_output=True, timeout=120, env=environment)
+    assert done.returncode == 0 and done.stdout.startswith(b"a\\U0001f600"), done
+
+
+BOM = b"\xef\xbb\xbf"
+
+
+def test_a_byte_order_mark_is_no_text(command, tmp_path):
+    """In a file of prompts, and on standard input."""
+    (tmp_path / "prompts").write_bytes(BOM + b"Hi\nHo\n")
+    code, texts, told = command(*GREEDY, "--file", tmp_path / "prompts")
+    assert code == 0 and texts.startswith("Hi") and "\ufeff" not in texts
+    assert command(*GREEDY, stdin=BOM + b"Hi\n")[1] == command(*GREEDY, "--prompt", "Hi")[1]
+    (tmp_path / "prompts").write_bytes(BOM + b"\n")
+    assert "holds no prompt" in command("--file", tmp_path / "prompts")[2]
+    (tmp_path / "prompts").write_bytes("Hi".encode("utf-16"))
+    assert "is no UTF-8 text (it begins with the byte order mark of UTF-16" in command(
+        "--file", tmp_path / "prompts")[2]
+
+
 @pytest.mark.parametrize("forced", ["cuda", "softmax_xent=cuda", "abacus", "attention=nothing"])
 def test_a_backend_that_is_not_here(directory, forced):
     if torch.cuda.is_available() and "cuda" in forced:

@@ -1,7 +1,9 @@
 """Tokenizer: every text comes back, transformers reads what it writes, and damage is named, not loaded."""
 
 import json
+import re
 import shutil
+import time
 
 import numpy as np
 import pytest
@@ -191,6 +193,28 @@ def test_training_is_a_function_of_the_text(bpe, monkeypatch):
     assert Tokenizer.train_bpe([parts], 340).backend.to_str() == bpe.backend.to_str()
 
 
+@pytest.mark.parametrize("text", [
+    "".join(chr(0x4E00 + n * n % 2500) for n in range(100_000)), "x1" * 100_000, " " * 300_000, "\n" * 300_000,
+], ids=["chinese", "no spaces", "spaces", "newlines"])
+def test_words_are_bounded_in_training(text):
+    """A text without spaces is one word to GPT-2's pattern, and merges take as long as its square."""
+    words = list(module._words(text))
+    assert "".join(words) == text
+    longest = max(len(word) for piece in words for word in re.findall(r"\s+|\S+", piece))
+    assert longest <= module.LONGEST_WORD
+    begun = time.monotonic()
+    tokenizer = Tokenizer.train_bpe(text, 600)
+    assert time.monotonic() - begun < 20
+    assert tokenizer.decode(tokenizer.encode(text[:1000])) == text[:1000]
+
+
+def test_bounded_words_change_no_ordinary_text():
+    assert list(module._words(TRAINING)) == [TRAINING]
+    long = "a" * module.LONGEST_WORD
+    assert list(module._words(f"x {long} y")) == [f"x {long} y"]
+    assert list(module._words(f"x {long}b y")) == [f"x {long}", "b y"]
+
+
 def test_the_end_of_text_is_no_word_to_learn():
     tokenizer = Tokenizer.train_bpe("<|endoftext|>" * 50 + "ab" * 50, 300)
     assert "ab" in tokenizer.backend.get_vocab() and "endoftext" not in tokenizer.backend.get_vocab()
@@ -269,6 +293,113 @@ def gpt2_files(tokenizer, folder):
     (folder / "vocab.json").write_text(json.dumps(vocab), encoding="utf-8")
     merges = "".join(f"{left} {right}\n" for left, right in values["model"]["merges"])
     (folder / "merges.txt").write_text("#version: 0.2\n" + merges, encoding="utf-8")
+
+
+def test_a_byte_order_mark_is_no_token(bpe, tmp_path):
+    """In files that an editor saved."""
+    gpt2_files(bpe, tmp_path)
+    (tmp_path / "other").mkdir()
+    bpe.save(tmp_path / "other")
+    for folder in (tmp_path, tmp_path / "other"):
+        for path in folder.glob("*.*"):
+            path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+        assert Tokenizer.load(folder).encode(AWKWARD) == bpe.encode(AWKWARD)
+
+
+def files(folder, **contents):
+    for name, content in contents.items():
+        (folder / f"{name}.json").write_text(json.dumps(content), encoding="utf-8")
+
+
+FLAGS = {"lstrip": False, "rstrip": False, "normalized": True, "single_word": False}
+ADDED = {
+    "added_tokens.json": {"added_tokens": {"<pad>": 340, "<speaker>": 341}},
+    "decoder": {"tokenizer_config": {"added_tokens_decoder": {
+        "339": {"content": "<|endoftext|>", **FLAGS, "special": True},
+        "340": {"content": "<pad>", **FLAGS, "special": True}, "341": {"content": "<speaker>", **FLAGS,
+                                                                       "special": False}}}},
+    "roles": {"tokenizer_config": {"pad_token": "<pad>", "additional_special_tokens": ["<speaker>"]}},
+    "map": {"special_tokens_map": {"pad_token": {"content": "<pad>", **FLAGS}, "extra_special_tokens": ["<speaker>"]}},
+    "both": {"added_tokens": {"<pad>": 340, "<speaker>": 341}, "tokenizer_config": {"pad_token": "<pad>"}},
+}
+
+
+@pytest.mark.parametrize("saved", ["vocab.json", "tokenizer.json"])
+@pytest.mark.parametrize("kind", ADDED)
+def test_added_tokens_are_tokens_as_in_transformers(kind, saved, bpe, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    gpt2_files(bpe, tmp_path) if saved == "vocab.json" else bpe.save(tmp_path)
+    files(tmp_path, config={"model_type": "gpt2"}, **ADDED[kind])
+    tokenizer, theirs = Tokenizer.load(tmp_path), transformers.AutoTokenizer.from_pretrained(tmp_path)
+    for text in ("<speaker> hi<pad>\n<speaker><|endoftext|> the cat", AWKWARD):
+        ids = tokenizer.encode(text)
+        assert ids == theirs.encode(text) and tokenizer.decode(ids) == text
+    assert tokenizer.encode("<speaker> hi")[0] == 341 and tokenizer.vocab_size == 342 == len(theirs)
+    tokenizer.save(tmp_path / "again")
+    again = transformers.AutoTokenizer.from_pretrained(tmp_path / "again")
+    assert again.encode(text) == ids and again.pad_token == theirs.pad_token
+    assert Tokenizer.load(tmp_path / "again").encode(text) == ids
+
+
+def test_roles_and_lengths_are_kept(bpe, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    gpt2_files(bpe, tmp_path)
+    files(tmp_path, config={"model_type": "gpt2"}, added_tokens={"<pad>": 340, "<end>": 341}, tokenizer_config={
+        "pad_token": "<pad>", "eos_token": "<end>", "model_max_length": 77, "chat_template": "{{ messages }}",
+        "unk_token": None})
+    tokenizer = Tokenizer.load(tmp_path)
+    assert tokenizer.end_of_text == 341 and tokenizer.max_length == 77 and tokenizer.roles["pad_token"] == "<pad>"
+    tokenizer.save(tmp_path / "saved")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "saved")
+    assert (theirs.pad_token_id, theirs.eos_token_id, theirs.model_max_length) == (340, 341, 77)
+    assert theirs.chat_template == "{{ messages }}"
+    theirs.save_pretrained(tmp_path / "theirs")
+    again = Tokenizer.load(tmp_path / "theirs")
+    assert (again.end_of_text, again.max_length, again.roles["pad_token"]) == (341, 77, "<pad>")
+    again.save(tmp_path / "longer", max_length=99)
+    assert Tokenizer.load(tmp_path / "longer").max_length == 99
+    assert bpe.max_length is None and bpe.end_of_text == 339
+
+
+def test_an_added_token_is_text_and_no_spelling_of_bytes(bpe, tmp_path):
+    gpt2_files(bpe, tmp_path)
+    files(tmp_path, added_tokens={"é<x>": 340, " dé": 341, "<nl>\n": 342, "<Ġ>": 343})
+    tokenizer = Tokenizer.load(tmp_path)
+    for text in ("aé<x>b", "x dé", "<nl>\n\n the", "<Ġ>"):
+        ids = tokenizer.encode(text)
+        assert max(ids) >= 340 and tokenizer.decode(ids) == text
+        step = tokenizer.stream()
+        assert "".join([*map(step, ids), step(None)]) == text
+
+
+def test_a_token_of_the_vocabulary_that_is_added_is_one_token(bpe, tmp_path):
+    """As some write it: in vocab.json too, where no merge makes it."""
+    gpt2_files(bpe, tmp_path)
+    change(tmp_path / "vocab.json", **{"<pad>": 340})
+    files(tmp_path, added_tokens={"<pad>": 340})
+    tokenizer = Tokenizer.load(tmp_path)
+    assert tokenizer.encode("a<pad>")[1:] == [340] and tokenizer.vocab_size == 341
+
+
+@pytest.mark.parametrize("contents, message", [
+    ({"added_tokens": {"<pad>": 400}}, "added_tokens.json: token '<pad>' has id 400, but the next free one is 340"),
+    ({"added_tokens": {"<pad>": 3}}, "token '<pad>' has id 3"), ({"added_tokens": {"<pad>": "x"}}, "has id 'x'"),
+    ({"added_tokens": []}, "added_tokens.json: holds a JSON list"), ({"added_tokens": {"": 340}}, "token ''"),
+    ({"tokenizer_config": {"added_tokens_decoder": {"x": {"content": "<pad>"}}}}, "tokenizer_config.json: .*'x'"),
+    ({"tokenizer_config": {"added_tokens_decoder": {"340": 7}}}, "tokenizer_config.json"),
+    ({"tokenizer_config": {"pad_token": 7}}, "tokenizer_config.json: pad_token is 7, wanted a token"),
+])
+def test_added_tokens_that_cannot_be_are_refused(contents, message, bpe, tmp_path):
+    gpt2_files(bpe, tmp_path)
+    files(tmp_path, **contents)
+    with pytest.raises(ValueError, match=message):
+        Tokenizer.load(tmp_path)
+
+
+def test_roles_add_no_characters(tmp_path):
+    Tokenizer.chars("abc").save(tmp_path)
+    files(tmp_path, tokenizer_config={"pad_token": "<pad>"})
+    assert Tokenizer.load(tmp_path).vocab_size == 3
 
 
 def test_missing_files_are_named(tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """A run of the trainer: its rows, its model, its backends, and who is told."""
 
 import math
+import time
 
 import pytest
 import torch
@@ -113,6 +114,34 @@ def test_a_backend_that_is_forced_has_the_op(text, tmp_path, monkeypatch):
     assert trainer.state.backends["attention"] == "half" and trainer.state.backends["attention_qkv_bwd"] != "half"
     assert set(Trainer(config(text, tmp_path / "other", dropout=0.0)).state.backends) <= {
         row.family for row in TABLE.values()}
+
+
+@pytest.mark.parametrize("limit, wanted", [(1, 1), (50, 50), (100, 100), (10**6, None)])
+def test_an_evaluation_reads_as_much_as_it_may(text, tmp_path, limit, wanted):
+    """The first held-out tokens, the same each time; more than there are is all."""
+    notes = Notes()
+    trainer = Trainer(config(text, tmp_path / "run", eval_tokens=limit), listeners=[notes])
+    whole = [targets for _, targets in trainer.val_data.whole(4)]
+    read = [targets for _, targets in trainer.val_data.whole(4, limit)]
+    assert sum(targets.numel() for targets in read) == (wanted or trainer.val_data.tokens - 1)
+    flat, given = (torch.cat([part.flatten() for part in parts]) for parts in (whole, read))
+    assert torch.equal(flat[: len(given)], given)
+    counted = []
+    trainer._loss = lambda tokens, targets: counted.append(targets.numel()) or float(targets.numel())
+    trainer.evaluate()
+    assert sum(counted) == len(given)
+    told = f"an evaluation reads {limit:,} of {trainer.val_data.tokens - 1:,} held-out tokens"
+    assert (told in notes.said) == (wanted is not None), notes.said
+
+
+def test_an_evaluation_that_takes_longer_than_the_steps_says_how_to_limit_it(text, tmp_path):
+    notes = Notes()
+    trainer = Trainer(config(text, tmp_path / "run", steps=6, eval_every=2), listeners=[notes])
+    evaluate = trainer.evaluate
+    trainer.evaluate = lambda: time.sleep(1) or evaluate()
+    trainer.run()
+    told = [said for said in notes.said if "eval_tokens" in said]
+    assert len(told) == 1 and "takes longer than the 2 steps between" in told[0], notes.said
 
 
 def test_an_existing_run_is_not_overwritten(tmp_path, text):

@@ -1,6 +1,8 @@
 """Checkpoints: they hold a run's state, survive what befalls it, and a run that was killed is the run which was not."""
 
+import builtins
 import dataclasses
+import io
 import json
 import os
 import random
@@ -15,6 +17,7 @@ from runs import SMALL, Notes, config
 from safetensors.torch import load_file
 
 from fastlm.training import checkpoint
+from fastlm.training.curve import Curve
 from fastlm.training.metrics import read_metrics
 from fastlm.training.state import State
 from fastlm.training.trainer import Trainer
@@ -226,3 +229,38 @@ def test_a_checkpoint_of_another_model(tmp_path, text):
     Trainer(config(text, tmp_path / "run", steps=2)).run()
     with pytest.raises(ValueError, match="of another model"):
         Trainer.resume(tmp_path / "run", n_layer=3)
+
+
+def full(*_, **__):
+    raise OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize("what", ["metrics.jsonl", "config.json", "train.json", "tokenizer.json"])
+def test_a_full_disk_names_the_file_what_was_kept_and_what_to_do(tmp_path, text, monkeypatch, what):
+    """Beside the checkpoint itself: everything that a run writes."""
+    Trainer(config(text, tmp_path / "run", steps=4)).run()
+    trainer = Trainer.resume(tmp_path / "run", steps=8)
+    opened, replaced = builtins.open, os.replace
+
+    def limited(path, *arguments, **options):
+        mode = arguments[0] if arguments else options.get("mode", "r")
+        return full() if what in str(path) and mode[0] in "wa" else opened(path, *arguments, **options)
+
+    monkeypatch.setattr(builtins, "open", limited)
+    monkeypatch.setattr(io, "open", limited)
+    with pytest.raises(RuntimeError) as raised:
+        trainer.run()
+    monkeypatch.undo()
+    assert os.replace is replaced
+    told = str(raised.value)
+    assert what in told and "No space left on device" in told and "Errno" not in told
+    last = checkpoint.newest(tmp_path / "run" / "checkpoints")
+    assert f"the last good checkpoint is {last}" in told and f"fastlm train --resume --out {tmp_path / 'run'}" in told
+    assert Trainer.resume(tmp_path / "run", steps=8).run()
+
+
+def test_a_picture_that_cannot_be_drawn_ends_no_run(tmp_path, text, monkeypatch):
+    notes = Notes()
+    monkeypatch.setattr("fastlm.training.curve.save_png", full)
+    assert Trainer(config(text, tmp_path / "run", steps=2), listeners=[Curve(), notes]).run()
+    assert any("loss.png could not be drawn (No space left on device)" in said for said in notes.said), notes.said

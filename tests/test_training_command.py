@@ -1,6 +1,7 @@
 """`fastlm train`: what it writes and shows, Ctrl-C, and its sentences."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -49,6 +50,74 @@ def test_interrupted_command_saves_and_goes_on(tmp_path, text):
     step = json.loads((saved / "state.json").read_text())["step"]
     code, output, error = command("--resume", "--out", tmp_path / "run", "--set", f"steps={step + 2}")
     assert code == 0 and f"at step {step}" in output, output + error
+
+
+def test_a_terminal_of_few_characters(tmp_path, text):
+    """A sample, dots and bars that ASCII lacks end no run."""
+    (tmp_path / "text.txt").write_text(text.read_text()[:3000] + "ü😀日" * 400)
+    arguments = ["train", "--data", tmp_path / "text.txt", "--out", tmp_path / "run",
+                 *settings(sample_tokens=20, sample_prompt="ü😀")]
+    run = subprocess.run([sys.executable, "-m", "fastlm.cli", *map(str, arguments)], capture_output=True, timeout=120,
+                         env={**os.environ, "PYTHONIOENCODING": "ascii"})
+    assert run.returncode == 0 and b"a sample:\n\n??" in run.stdout, run.stdout + run.stderr
+    assert (tmp_path / "run" / "loss.png").is_file()
+
+
+def started(out, source, *, wrapper=(), **options):
+    """A long run, that has evaluated once and takes steps."""
+    arguments = ["train", "--data", source, "--out", out, *settings(steps=100000, save_every=50000)]
+    run = subprocess.Popen([*wrapper, sys.executable, "-m", "fastlm.cli", *map(str, arguments)], **options)
+    while not (out / "metrics.jsonl").exists():
+        assert run.poll() is None
+        time.sleep(0.1)
+    time.sleep(0.5)
+    return run
+
+
+def saved_step(out):
+    return json.loads((checkpoint.newest(out / "checkpoints") / "state.json").read_text())["step"]
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+def test_a_signal_saves_and_tells_a_scheduler(tmp_path, text, name):
+    """143 and 129: a run that was stopped is not finished. A second one does not cut off the save."""
+    number = signal.Signals[name]
+    run = started(tmp_path / "run", text, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    run.send_signal(number)
+    run.send_signal(number)
+    output, error = run.communicate(timeout=60)
+    assert run.returncode == 128 + number, output + error
+    assert f"stopped by {name} and saved at step" in output and saved_step(tmp_path / "run") > 0 and not error
+
+
+def test_a_terminal_that_hangs_up_does_not_keep_a_run_from_saving(tmp_path, text):
+    master, slave = os.openpty()
+    run = started(tmp_path / "run", text, stdout=slave, stderr=slave, stdin=slave, start_new_session=True)
+    os.close(slave), os.close(master)
+    time.sleep(0.5)
+    run.send_signal(signal.SIGHUP)
+    assert run.wait(timeout=60) == 129 and saved_step(tmp_path / "run") > 0
+
+
+def test_a_reader_that_left_does_not_end_a_run(tmp_path, text):
+    out = tmp_path / "run"
+    run = started(out, text, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    run.stdout.close()
+    rows = (out / "metrics.jsonl").read_text().count("\n")
+    while (out / "metrics.jsonl").read_text().count("\n") < rows + 3:
+        assert run.poll() is None
+        time.sleep(0.1)
+    run.send_signal(signal.SIGTERM)
+    assert run.wait(timeout=60) == 143 and saved_step(out) > 0
+
+
+def test_nohup_is_kept(tmp_path, text):
+    run = started(tmp_path / "run", text, wrapper=["nohup"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    run.send_signal(signal.SIGHUP)
+    time.sleep(1)
+    assert run.poll() is None
+    run.terminate()
+    assert run.wait(timeout=60) == 143
 
 
 @pytest.mark.parametrize(

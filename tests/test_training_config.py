@@ -24,6 +24,7 @@ def test_settings_by_precedence(tmp_path):
         (lambda: read_settings(file="/nowhere.toml"), "/nowhere.toml: cannot be read"),
         (lambda: TrainConfig(data="x", out="y", steps=0), "steps is 0"),
         (lambda: TrainConfig(data="x", out="y", n_embd=10, n_head=3), "n_embd=10 is no multiple of n_head=3"),
+        (lambda: TrainConfig(data="x", out="y", eval_tokens=0), "eval_tokens is 0"),
         (lambda: TrainConfig(out="y"), "data is missing; pass --data"),
         (lambda: TrainConfig(data="x", out="y", dtype="fp8"), "dtype is 'fp8'"),
         (lambda: TrainConfig(data="x", out="y", learning_rate=1e-5), "min_learning_rate=6e-05 is above"),
@@ -32,6 +33,14 @@ def test_settings_by_precedence(tmp_path):
 def test_bad_settings(call, told):
     with pytest.raises(ValueError, match=told):
         call()
+
+
+def test_a_byte_order_mark_is_no_setting(tmp_path):
+    (tmp_path / "run.toml").write_bytes(b"\xef\xbb\xbfsteps = 77\n")
+    assert read_settings(file=tmp_path / "run.toml") == {"steps": 77}
+    TrainConfig(data="x", out="y", steps=7).dump(tmp_path / "train.json")
+    (tmp_path / "train.json").write_bytes(b"\xef\xbb\xbf" + (tmp_path / "train.json").read_bytes())
+    assert TrainConfig.load(tmp_path / "train.json").steps == 7
 
 
 def test_bad_toml(tmp_path):

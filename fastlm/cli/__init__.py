@@ -29,6 +29,9 @@ app.command("report")(report.report)
 
 def main():
     """Runs the command line; a wrong call or input, or what this machine cannot do, is one message and exit code 2."""
+    for stream in (sys.stdout, sys.stderr):
+        if getattr(stream, "errors", None) in ("strict", "surrogateescape"):
+            stream.reconfigure(errors="replace")  # a character that the terminal cannot show ends no command
     try:
         app()
     except (ValueError, TypeError, RuntimeError, OSError) as error:

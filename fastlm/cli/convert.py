@@ -19,6 +19,7 @@ def convert(
     from rich.console import Console
     from rich.progress import Progress
 
+    from fastlm.data.text import read
     from fastlm.data.tokenizer import Tokenizer
     from fastlm.generation.perplexity import perplexity
     from fastlm.gpt2 import GPT2
@@ -35,7 +36,7 @@ def convert(
     except ValueError as error:
         raise ValueError(f"{error}; pass a tokenizer's directory with --tokenizer") from None
     try:
-        ids = vocabulary.encode(text.read_text(encoding="utf-8"))[:MOST]
+        ids = vocabulary.encode(read(text))[:MOST]
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"--text: {text} cannot be read ({error})") from None
     gpt2 = GPT2.from_pretrained(directory)

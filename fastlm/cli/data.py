@@ -27,11 +27,11 @@ def prepare(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what this made there.")] = False,
 ):
     """Tokenise text files or folders into train and val shards (llm.c's .bin format)."""
-    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
     from fastlm.data.prepare import prepare
 
-    columns = TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn()
+    columns = TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn()
     with Progress(*columns, transient=True) as bar:
         task = bar.add_task("reading", total=None)
         manifest = prepare(

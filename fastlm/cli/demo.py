@@ -19,6 +19,7 @@ def demo(
     import shutil
     import time
 
+    from fastlm.cli.train import finished
     from fastlm.data.prepare import prepare
     from fastlm.training.bigram import bigram_loss
     from fastlm.training.config import TrainConfig, read_settings
@@ -51,7 +52,7 @@ def demo(
     changes = {"steps": steps, "warmup_steps": max(1, steps // 20), "eval_every": -(-steps // 10),
                "save_every": steps, "sample_prompt": "def ", "sample_tokens": 100}
     trainer = Trainer(TrainConfig(**{**settings, **changes}), listeners=[report], into=True)
-    if not trainer.run():
+    if not finished(trainer):
         return
     rows = read_metrics(out / "metrics.jsonl")
     splits = [next(iter(loader.shards.values())) for loader in (trainer.train_data, trainer.val_data)]

@@ -19,6 +19,7 @@ def generate(
     top_k: Annotated[int | None, typer.Option(help="Draw from the k likeliest.")] = None,
     top_p: Annotated[float | None, typer.Option(help="Draw from the likeliest that reach this.")] = None,
     num_return_sequences: Annotated[int, typer.Option(help="Texts a prompt.")] = 1,
+    batch_size: Annotated[int, typer.Option(help="The most texts that are written at once.")] = 32,
     seed: Annotated[int | None, typer.Option(help="Makes the draws repeatable.")] = None,
     dtype: Annotated[str, typer.Option(help="fp32 or bf16.")] = "fp32",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
@@ -57,28 +58,36 @@ def generate(
         "max_new_tokens": max_new_tokens, "max_length": max_length, "temperature": temperature,
         "top_k": top_k, "top_p": top_p, "num_return_sequences": num_return_sequences, "seed": seed,
     }
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}, wanted a whole number ≥ 1")
     streaming = one and (sys.stdout.isatty() if stream is None else stream)
-    (_stream if streaming else _print)(gpt2, vocabulary, prompts, options)
+    if streaming:
+        _stream(gpt2, vocabulary, prompts, options)
+    else:
+        _print(gpt2, vocabulary, prompts, {**options, "batch_size": batch_size})
 
 
 def _read(prompt, file):
     """The prompts: the option, the file's lines, or standard input."""
+    from fastlm.data.text import MARK
+    from fastlm.data.text import read as read_text
+
     if prompt is not None and file is not None:
         raise ValueError("got both --prompt and --file, wanted one of them")
     source = "--prompt" if prompt not in (None, "-") else "standard input"
     try:
         if file is not None:
             source = str(file)
-            prompts = [line for line in file.read_text(encoding="utf-8").split("\n") if line]
+            prompts = [line for line in read_text(file).split("\n") if line]
             if not prompts:
                 raise ValueError(f"{file}: holds no prompt, wanted one a line")
             return prompts
-        text = prompt if source == "--prompt" else sys.stdin.read().removesuffix("\n")
+        text = prompt if source == "--prompt" else sys.stdin.read().removeprefix(MARK).removesuffix("\n")
         text.encode()  # raises for bytes that the terminal's encoding could not read
     except OSError as error:
         raise ValueError(f"{source}: cannot be read ({error.strerror})") from None
-    except UnicodeError:
-        raise ValueError(f"{source}: is no UTF-8 text") from None
+    except UnicodeError as error:
+        raise ValueError(f"{source}: is no UTF-8 text ({error.reason})") from None
     if not text:
         raise ValueError("the prompt is empty; pass --prompt TEXT, --file PATH, or text on standard input")
     return [text]
@@ -100,13 +109,17 @@ def _stream(model, tokenizer, prompts, options):
 
 
 def _print(model, tokenizer, prompts, options):
-    from fastlm.generation.generate import generate_tokens, text_of, text_options
+    from fastlm.generation.generate import generate_batches, text_of, text_options
 
     started = time.perf_counter()
     encoded = [tokenizer.encode(prompt) for prompt in prompts]
-    rows = generate_tokens(model, encoded, **text_options(model, tokenizer), **options)
-    print("\n\n".join(text_of(model, tokenizer, row) for row in rows))
-    _tell_speed(sum(map(len, rows)) - sum(map(len, encoded)) * options["num_return_sequences"], started)
+    tokens = -sum(map(len, encoded)) * options["num_return_sequences"]
+    between = ""
+    for rows in generate_batches(model, encoded, **text_options(model, tokenizer), **options):
+        print(between + "\n\n".join(text_of(model, tokenizer, row) for row in rows), end="", flush=True)
+        tokens, between = tokens + sum(map(len, rows)), "\n\n"
+    print()
+    _tell_speed(tokens, started)
 
 
 def _tell_speed(tokens, started):

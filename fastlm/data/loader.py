@@ -64,12 +64,30 @@ class Loader:
         index = step * self.batch_size + first
         return *_split(np.stack([self._window(index + b) for b in range(count)])), index
 
-    def whole(self, batch_size):
-        """(tokens, targets) over the whole split in order.
+    @property
+    def targets(self):
+        """How many tokens `whole` has as targets."""
+        return self.tokens - len(self._arrays)
+
+    def whole(self, batch_size, most=None):
+        """(tokens, targets) over the whole split in order, or the first `most` targets of it.
 
         Every token but each shard's first is once a target. Full windows come in batches of up to
-        `batch_size`; a shard's end comes as (1, less than T).
+        `batch_size`; a shard's end, and that of `most`, comes as (1, less than T).
         """
+        T, left = self.sequence_length, self.targets if most is None else most
+        for tokens, targets in self._whole(batch_size):
+            if targets.numel() > left:
+                rows, rest = divmod(left, T)
+                if rows:
+                    yield tokens[:rows], targets[:rows]
+                if rest:
+                    yield tokens[rows : rows + 1, :rest], targets[rows : rows + 1, :rest]
+                return
+            yield tokens, targets
+            left -= targets.numel()
+
+    def _whole(self, batch_size):
         T = self.sequence_length
         for array, name in zip(self._arrays, self._names):
             full = (len(array) - 1) // T

@@ -2,7 +2,7 @@
 
     OUT/train_000000.bin ... val_000000.bin ...   tokens, in llm.c's format
     OUT/tokenizer.json, tokenizer_config.json     what made them
-    OUT/manifest.json                             counts, and the sha256 of every file
+    OUT/manifest.json                             counts, the sha256 of every file, and what it was made of
 
 Text is read in parts, twice: once to count characters, once to tokenise; only a text that cannot be divided
 (a vocabulary that is not GPT-2's kind) is held whole.
@@ -18,13 +18,14 @@ import secrets
 import shutil
 from pathlib import Path
 
+from fastlm.data.disk import advice, cause, naming
+from fastlm.data.fingerprint import KINDS, VOCAB_SIZE, fingerprint
 from fastlm.data.shards import SHARD_TOKENS, ShardWriter, read_shard
+from fastlm.data.text import MARK, reason
 from fastlm.data.tokenizer import Tokenizer
 
 MANIFEST = "manifest.json"
 FORMAT = "fastlm data"
-KINDS = ("chars", "bytes", "bpe")
-VOCAB_SIZE = 8192  # of a trained BPE
 OURS = re.compile(r"tokenizer(_config)?\.json|(train|val)_\d{6,}\.bin")
 PART = 1 << 20  # bytes read at a time
 
@@ -34,12 +35,13 @@ class Corpus:
 
     In folders every file that is UTF-8 text without a zero byte counts, at any depth; others are skipped,
     and so are empty and hidden ones and what lies under `leave_out`. `files` maps each to its number of
-    characters, `characters` is their sum, `skipped` a number of files. Raises ValueError for a path that
-    does not exist, a file named in `paths` that is no text, and where no text is found.
+    characters, `characters` is their sum, `skipped` a number of files, `sha256` that of the text. Raises
+    ValueError for a path that does not exist, a file named in `paths` that is no text, and where no text is
+    found.
     """
 
     def __init__(self, paths, *, leave_out=None):
-        self.files, self.skipped, seen = {}, 0, set()
+        self.files, self.skipped, seen, whole = {}, 0, set(), hashlib.sha256()
         for path in map(Path, paths):
             if not path.exists():
                 raise ValueError(f"{path}: no such file or folder; pass text files or folders of them")
@@ -53,18 +55,23 @@ class Corpus:
                 if (real := file.resolve()) in seen:
                     continue
                 seen.add(real)
+                count, digest = 0, hashlib.sha256()
                 try:
-                    count = sum(map(len, _parts(file)))
+                    for part in _parts(file):
+                        count += len(part)
+                        digest.update(part.encode())
                 except UnicodeDecodeError as error:
                     if file == path:
-                        reason = f"{error.reason} at byte {error.start}"
-                        raise ValueError(f"{file}: is no UTF-8 text ({reason}); pass text files") from None
+                        with open(file, "rb") as source:
+                            why = reason(error, source.read(2))
+                        raise ValueError(f"{file}: is no UTF-8 text ({why}); pass text files") from None
                     count = 0
                 if count:
                     self.files[file] = count
+                    whole.update(digest.digest())
                 else:
                     self.skipped += 1
-        self.characters = sum(self.files.values())
+        self.characters, self.sha256 = sum(self.files.values()), whole.hexdigest()
         if not self.files:
             named = ", ".join(map(str, paths)) or "no path was given"
             skipped = f"{self.skipped} files are empty or not UTF-8"
@@ -90,7 +97,8 @@ def prepare(
     `val_fraction` of all characters is val, and a document on the border is cut. Where the vocabulary has
     an end of text, it separates the documents of a split. OUT appears complete or not at all; one that
     exists is replaced only with `overwrite`, and only if it holds nothing but what was made here.
-    progress(done, total) is told of characters. Raises ValueError.
+    progress(done, total) is told of characters. Raises ValueError, and RuntimeError where OUT cannot be
+    written (a full disk); what was there is untouched then.
     """
     out = Path(out)
     if not 0 <= val_fraction < 1:
@@ -110,16 +118,18 @@ def prepare(
     vocabulary = _make_tokenizer(tokenizer, corpus, cut, vocab_size, advance)
 
     place = out.resolve()  # a link stays, what it names is replaced
-    place.parent.mkdir(parents=True, exist_ok=True)
     staging = place.parent / f".{place.name}-{secrets.token_hex(4)}"
-    staging.mkdir()
     try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        staging.mkdir()
         manifest = {
             "format": FORMAT, "version": 1,
             "tokenizer": vocabulary.kind if isinstance(tokenizer, Tokenizer) else str(tokenizer),
             "vocab_size": vocabulary.vocab_size, "end_of_text": vocabulary.end_of_text,
             "files": len(corpus.files), "skipped_files": corpus.skipped, "characters": corpus.characters,
             "train_characters": cut, "val_characters": corpus.characters - cut, "val_fraction": val_fraction,
+            "fingerprint": fingerprint(corpus, tokenizer if tokenizer in KINDS else vocabulary, vocab_size,
+                                       val_fraction),
         }
         for split, first, last in (("train", 0, cut), ("val", cut, corpus.characters)):
             with ShardWriter(staging, split, vocabulary.vocab_size, shard_tokens=shard_tokens) as writer:
@@ -133,6 +143,11 @@ def prepare(
         manifest["sha256"] = {file.name: _sha256(file) for file in sorted(staging.iterdir())}
         _write_manifest(staging, manifest)
         _put(staging, place)
+    except OSError as error:
+        kept = "what was there is untouched" if place.exists() else "nothing of it was kept"
+        raise RuntimeError(
+            f"{out}: could not be written ({cause(error)}); {kept}; {advice(error, 'pass another --out')}"
+        ) from None
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return manifest
@@ -224,8 +239,8 @@ def _below(folder, leave_out):
 
 
 def _parts(file):
-    """The text of a file in parts; UnicodeDecodeError where it is no UTF-8 text."""
-    decoder, at = codecs.getincrementaldecoder("utf-8")(), 0
+    """The text of a file in parts, without a byte order mark; UnicodeDecodeError where it is no UTF-8 text."""
+    decoder, at, begun = codecs.getincrementaldecoder("utf-8")(), 0, False
     try:
         with open(file, "rb") as source:
             while True:
@@ -234,7 +249,9 @@ def _parts(file):
                     raise UnicodeDecodeError("utf-8", data, zero, zero + 1, "a zero byte")
                 pending = len(decoder.getstate()[0])
                 if text := decoder.decode(data, final=not data):
-                    yield text
+                    text, begun = text if begun else text.removeprefix(MARK), True
+                    if text:
+                        yield text
                 if not data:
                     return
                 at += len(data)
@@ -273,7 +290,7 @@ def _check_replaceable(out, overwrite):
 
 
 def _write_manifest(directory, manifest):
-    with open(directory / MANIFEST, "w", encoding="utf-8") as file:
+    with naming(directory / MANIFEST), open(directory / MANIFEST, "w", encoding="utf-8") as file:
         file.write(json.dumps(manifest, indent=2) + "\n")
         file.flush()
         os.fsync(file.fileno())

@@ -15,6 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
+from fastlm.data.disk import naming
+
 HEADER = 256  # int32 words
 KINDS = {20240520: (1, np.dtype("<u2")), 20240801: (7, np.dtype("<u4"))}
 SHARD_TOKENS = 100_000_000  # tokens a shard, as llm.c writes them
@@ -74,12 +76,14 @@ class _Shard:
     def __init__(self, path, dtype):
         self.path, self.count, self._dtype = path, 0, dtype
         self._partial = path.with_name(f".{path.name}.partial")
-        self._file = open(self._partial, "wb")
-        self._file.write(bytes(4 * HEADER))  # filled in when the count is known
+        with naming(path):
+            self._file = open(self._partial, "wb")
+            self._file.write(bytes(4 * HEADER))  # filled in when the count is known
 
     def write(self, ids):
         try:
-            self._file.write(ids.astype(self._dtype).data)
+            with naming(self.path):
+                self._file.write(ids.astype(self._dtype).data)
         except BaseException:
             self.abandon()
             raise
@@ -90,12 +94,13 @@ class _Shard:
         magic = next(magic for magic, (_, dtype) in KINDS.items() if dtype == self._dtype)
         header[:3] = magic, KINDS[magic][0], self.count
         try:
-            self._file.seek(0)
-            self._file.write(header.data)
-            self._file.flush()
-            os.fsync(self._file.fileno())
-            self._file.close()
-            os.replace(self._partial, self.path)
+            with naming(self.path):
+                self._file.seek(0)
+                self._file.write(header.data)
+                self._file.flush()
+                os.fsync(self._file.fileno())
+                self._file.close()
+                os.replace(self._partial, self.path)
         except BaseException:
             self.abandon()
             raise

@@ -22,42 +22,55 @@ import numpy as np
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
 
+from fastlm.data.disk import naming
+from fastlm.data.text import decode
+
 END_OF_TEXT = "<|endoftext|>"
+FILES = ["tokenizer.json", "vocab.json", "merges.txt", "added_tokens.json", "tokenizer_config.json",
+         "special_tokens_map.json"]
 LARGEST = 2**24  # tokens a vocabulary
 PIECE = 1 << 18  # characters encoded at a time
+LONGEST_WORD = 128  # characters, of what a vocabulary is trained on
+RUN = re.compile(rf"\S{{{LONGEST_WORD}}}(?=\S)|\s{{{LONGEST_WORD}}}(?=\s)")
 
 
 class Tokenizer:
     """A vocabulary. `load`, `train_bpe`, `bytes` and `chars` make one; `encode` and `decode` use it.
 
-    `vocab_size` counts all ids, `end_of_text` is the id of `<|endoftext|>` or None, `kind` is "bpe",
-    "bytes" or "chars", `backend` the tokenizers.Tokenizer. Raises ValueError for a backend that would not
+    `vocab_size` counts all ids, `end_of_text` is the id of the eos_token, `<|endoftext|>` unless `roles` say
+    otherwise, or None, `kind` is "bpe", "bytes" or "chars", `backend` the tokenizers.Tokenizer. `roles` are what
+    transformers calls special tokens, {"pad_token": "<pad>", …}, and `max_length` its model_max_length, or None;
+    both, and `template`, a chat's, are written as they were read. Raises ValueError for a backend that would not
     give back every text that it encodes.
     """
 
-    def __init__(self, backend: tokenizers.Tokenizer):
+    def __init__(self, backend: tokenizers.Tokenizer, *, roles=None, max_length=None, template=None):
         backend.no_truncation()
         backend.no_padding()
         self.backend = backend
         vocab = backend.get_vocab()
         _check_ids(vocab.values())  # first: the library writes a vocabulary by counting up to its largest id
-        self.vocab_size, self.end_of_text = len(vocab), vocab.get(END_OF_TEXT)
+        end = (roles or {}).get("eos_token")
+        self.vocab_size, self.end_of_text = len(vocab), vocab.get(end if end in vocab else END_OF_TEXT)
+        usual = dict.fromkeys(("bos_token", "eos_token"), END_OF_TEXT) if END_OF_TEXT in vocab else {}
+        self.roles, self.max_length, self.template = {**usual, **(roles or {})}, max_length, template
         self.kind, self._divisible = _kind(json.loads(backend.to_str()), vocab)
 
     @classmethod
     def load(cls, path):
         """The tokenizer of a directory, a tokenizer.json, or a hub id.
 
-        The directory has tokenizer.json, or GPT-2's vocab.json and merges.txt. Raises ValueError naming the
+        The directory has tokenizer.json, or GPT-2's vocab.json and merges.txt, and perhaps what transformers writes
+        beside them of added tokens and roles. Raises ValueError naming the
         file and the cause for one that is missing, damaged or of another kind.
         """
         path = Path(path)
         if path.is_file():
             return cls._read(path)
         if (path / "tokenizer.json").is_file():
-            return cls._read(path / "tokenizer.json")
+            return cls._read(path / "tokenizer.json", _Beside(path))
         if (path / "vocab.json").is_file() and (path / "merges.txt").is_file():
-            return cls._read_gpt2(path / "vocab.json", path / "merges.txt")
+            return cls._read_gpt2(path / "vocab.json", path / "merges.txt", _Beside(path))
         if path.exists():
             raise ValueError(f"{path}: has neither tokenizer.json nor vocab.json and merges.txt")
         if re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", str(path)) and not path.suffix == ".json":
@@ -68,13 +81,16 @@ class Tokenizer:
         )
 
     @classmethod
-    def _read(cls, path):
+    def _read(cls, path, beside=None):
         text = _text(path)
         values = _json(path, text)
         try:
             if "model" not in values:
                 raise ValueError("it has no model; pass the directory of GPT-2's vocab.json and merges.txt")
-            tokenizer = cls(_guarded(tokenizers.Tokenizer.from_str, text))
+            backend = _guarded(tokenizers.Tokenizer.from_str, text)
+            _check_ids(backend.get_vocab().values())
+            own = beside.give(backend) if beside else {}
+            tokenizer = cls(backend, **own)
             for token in values.get("added_tokens") or ():
                 if tokenizer.backend.token_to_id(token["content"]) != token["id"]:
                     raise ValueError(f"added token {token['content']!r} cannot have id {token['id']}")
@@ -83,7 +99,7 @@ class Tokenizer:
             raise ValueError(f"{path}: no valid tokenizer ({error})") from None
 
     @classmethod
-    def _read_gpt2(cls, vocab, merges):
+    def _read_gpt2(cls, vocab, merges, beside):
         tokens = _json(vocab, _text(vocab))
         for token, index in tokens.items():
             if type(index) is not int or not 0 <= index < LARGEST:
@@ -99,7 +115,9 @@ class Tokenizer:
             pairs.append(pair)
         try:
             model = _guarded(lambda: models.BPE(vocab=tokens, merges=pairs))
-            return cls(_byte_level(model, [END_OF_TEXT] if END_OF_TEXT in tokens else []))
+            _check_ids(tokens.values())
+            backend = _byte_level(model, [END_OF_TEXT] if END_OF_TEXT in tokens else [])
+            return cls(backend, **beside.give(backend))
         except ValueError as error:
             raise ValueError(f"{vocab}, {merges}: no valid tokenizer ({error})") from None
 
@@ -123,7 +141,7 @@ class Tokenizer:
         texts = [texts] if isinstance(texts, str) else texts
         texts = ([text] if isinstance(text, str) else text for text in texts)
         pieces = (piece for text in texts for piece in _pieces(text, PIECE))
-        plain = (words for piece in pieces for words in piece.split(END_OF_TEXT))
+        plain = (words for piece in pieces for text in piece.split(END_OF_TEXT) for words in _words(text))
         backend.train_from_iterator(plain, trainer)
         return cls(_byte_level(backend.model, [END_OF_TEXT]))
 
@@ -209,13 +227,19 @@ class Tokenizer:
 
         return step
 
-    def save(self, directory):
-        """Writes tokenizer.json and tokenizer_config.json, which transformers' AutoTokenizer loads."""
+    def save(self, directory, *, max_length=None):
+        """Writes tokenizer.json and tokenizer_config.json, which transformers' AutoTokenizer loads.
+
+        max_length: the model's, in tokens; otherwise the one that was read.
+        """
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
-        if self.end_of_text is not None:
-            config |= {"bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT}
+        config |= self.roles
+        if (length := max_length or self.max_length) is not None:
+            config["model_max_length"] = length
+        if self.template is not None:
+            config["chat_template"] = self.template
         contents = {
             "tokenizer.json": self.backend.to_str(pretty=True),
             "tokenizer_config.json": json.dumps(config, indent=2) + "\n",
@@ -223,11 +247,12 @@ class Tokenizer:
         for name, content in contents.items():
             partial = directory / f".{name}.partial"
             try:
-                with open(partial, "w", encoding="utf-8", newline="") as file:
-                    file.write(content)
-                    file.flush()
-                    os.fsync(file.fileno())
-                os.replace(partial, directory / name)
+                with naming(directory / name):
+                    with open(partial, "w", encoding="utf-8", newline="") as file:
+                        file.write(content)
+                        file.flush()
+                        os.fsync(file.fileno())
+                    os.replace(partial, directory / name)
             finally:
                 partial.unlink(missing_ok=True)
 
@@ -239,10 +264,10 @@ class Tokenizer:
 
     @functools.cached_property
     def _bytes(self):
-        """The bytes of every token."""
-        table = [b""] * self.vocab_size
+        """The bytes of every token; an added one is its own text."""
+        table, added = [b""] * self.vocab_size, self.backend.get_added_tokens_decoder()
         for token, index in self.backend.get_vocab().items():
-            spelled = self.kind != "chars" and all(character in BYTES for character in token)
+            spelled = self.kind != "chars" and index not in added and all(character in BYTES for character in token)
             table[index] = bytes(BYTES[character] for character in token) if spelled else token.encode()
         return table
 
@@ -253,6 +278,94 @@ class Tokenizer:
         table = np.full(max(vocab) + 2, -1, dtype=np.int64)
         table[list(vocab)] = list(vocab.values())
         return table
+
+
+class _Beside:
+    """What files beside a tokenizer's own say, as transformers reads them: added tokens, roles, a length.
+
+    added_tokens.json {token: id}, tokenizer_config.json (added_tokens_decoder, roles, model_max_length) and
+    special_tokens_map.json (roles).
+    """
+
+    def __init__(self, directory):
+        self.added, self.roles, self.max_length, self.template = [], {}, None, None  # added: (file, id, AddedToken)
+        for name in ("special_tokens_map.json", "tokenizer_config.json"):
+            path = directory / name
+            if path.is_file():
+                values = _json(path, _text(path))
+                self._take_roles(path, values)
+                self._take_decoder(path, values.get("added_tokens_decoder") or {})
+                length, template = values.get("model_max_length"), values.get("chat_template")
+                if type(length) is int and 0 < length < LONGEST:
+                    self.max_length = length
+                self.template = template if isinstance(template, str) else self.template
+        path = directory / "added_tokens.json"
+        if path.is_file():
+            special = set(self._special())
+            for token, index in _json(path, _text(path)).items():
+                self._take(path, token, index, {"special": token in special, "normalized": token not in special})
+
+    def _take_roles(self, path, values):
+        for role in ROLES:
+            token = values.get(role)
+            token = token.get("content") if isinstance(token, dict) else token
+            if token is not None and not isinstance(token, str):
+                raise ValueError(f"{path}: {role} is {token!r}, wanted a token")
+            if token:
+                self.roles[role] = token
+        for name in ("additional_special_tokens", "extra_special_tokens"):
+            tokens = values.get(name) or []
+            tokens = list(tokens.values()) if isinstance(tokens, dict) else tokens
+            tokens = [token.get("content") if isinstance(token, dict) else token for token in tokens]
+            if not all(isinstance(token, str) and token for token in tokens):
+                raise ValueError(f"{path}: {name} are {tokens!r}, wanted tokens")
+            if tokens:
+                self.roles["additional_special_tokens"] = tokens
+
+    def _take_decoder(self, path, decoder):
+        try:
+            for index, token in decoder.items():
+                flags = {name: bool(token[name]) for name in FLAGS if name in token}
+                self._take(path, token["content"], int(index), flags)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path}: no valid added_tokens_decoder ({error})") from None
+
+    def _take(self, path, token, index, flags):
+        if not isinstance(token, str) or not token or type(index) is not int or not 0 <= index < LARGEST:
+            raise ValueError(f"{path}: token {token!r} has id {index!r}, wanted 0 to {LARGEST - 1}")
+        if token not in (other.content for _, _, other in self.added):
+            self.added.append((path, index, AddedToken(token, **flags)))
+
+    def _special(self):
+        for role, token in self.roles.items():
+            yield from token if role == "additional_special_tokens" else [token]
+
+    def give(self, backend):
+        """Adds to a backend the tokens that it lacks; the other arguments of `Tokenizer`, a dict."""
+        known = {token.content for token in backend.get_added_tokens_decoder().values()}
+        characters = isinstance(backend.model, models.WordLevel)  # which have none but their own
+        for path, index, token in sorted(self.added, key=lambda entry: entry[1]):
+            free, own = backend.get_vocab_size(), backend.token_to_id(token.content)
+            if index != (free if own is None else own):
+                there = f"the next free one is {free}" if own is None else f"the vocabulary has it as {own}"
+                raise ValueError(f"{path}: token {token.content!r} has id {index}, but {there}")
+            if token.content not in known and not characters:
+                backend.add_tokens([token])
+        for token in self._special():
+            if token not in known and not characters:
+                backend.add_special_tokens([AddedToken(token, special=True, normalized=False)])
+        return {"roles": self.roles, "max_length": self.max_length, "template": self.template}
+
+
+ROLES = "bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"
+FLAGS = "single_word", "lstrip", "rstrip", "normalized", "special"
+LONGEST = 10**9  # transformers writes 10^30 where there is no limit
+
+
+def has_tokenizer(directory):
+    """Whether a directory holds the files of a tokenizer."""
+    names = (("tokenizer.json",), ("vocab.json", "merges.txt"))
+    return any(all((Path(directory) / name).is_file() for name in group) for group in names)
 
 
 def _byte_alphabet():
@@ -350,6 +463,19 @@ def _pieces(parts, size):
         yield rest
 
 
+def _words(text):
+    """A text to train on, cut where it goes on for LONGEST_WORD characters with or without white space.
+
+    GPT-2's pattern makes one word of a run of letters or of white space, and every merge goes over the word: a page of
+    Chinese, or a line of data, would take hours.
+    """
+    start = 0
+    for run in RUN.finditer(text):
+        yield text[start : run.end()]
+        start = run.end()
+    yield text[start:]
+
+
 def _guarded(function, *arguments):
     """The library's answer; what it raises, bare Exceptions and Rust's panics, as ValueError."""
     try:
@@ -362,11 +488,11 @@ def _guarded(function, *arguments):
 
 def _text(path):
     try:
-        return path.read_bytes().decode("utf-8")
+        return decode(path.read_bytes())
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: is no UTF-8 text ({error.reason} at byte {error.start})") from None
+        raise ValueError(f"{path}: is no UTF-8 text ({error.reason})") from None
 
 
 def _json(path, text):
@@ -387,7 +513,7 @@ def _from_hub(name):
     except ImportError:
         raise ValueError(f"{name}: no such directory, and huggingface_hub is not installed; {hint}") from None
     try:
-        return Path(snapshot_download(name, allow_patterns=["tokenizer.json", "vocab.json", "merges.txt"]))
+        return Path(snapshot_download(name, allow_patterns=FILES))
     except Exception as error:  # the hub's client raises many kinds; each means that the files did not come
         cause = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(f"{name}: no such directory, and not from the hub ({cause}); {hint}") from None

@@ -15,6 +15,7 @@ from fastlm.generation.step import ENDED, EngineStep, Step
 
 END = "end of text"
 USUAL = 50  # new tokens, where nothing is asked for
+SAMPLING = {"temperature": 1.0, "top_k": None, "top_p": None, "seed": None}
 WORTH_CAPTURING = 8  # tokens to write: a capture costs about as much as three of them
 
 
@@ -22,12 +23,28 @@ def generate_tokens(model, tokens, **options):
     """A list of 1-D int64 tensors, each prompt and what the model writes after it, on the prompt's device.
 
     tokens: (B, T) int64, or a list of 1-D prompts of any lengths (tensors, or lists of ids); options as for
-    `stream_tokens`. With num_return_sequences = n every prompt gives n neighbouring results. There are no
+    `stream_tokens`, and batch_size, the most rows that are computed at once, all unless given: results and
+    draws are the same. With num_return_sequences = n every prompt gives n neighbouring results. There are no
     pads; a result that met its end of text ends with that token.
     """
-    prompts = _prompts(model, tokens)
+    return [row for rows in generate_batches(model, tokens, **options) for row in rows]
+
+
+def generate_batches(model, tokens, *, batch_size=None, **options):
+    """Yields the results of `generate_tokens` as they come, a list for every batch of at most batch_size rows."""
+    prompts, n = _prompts(model, tokens), _whole("num_return_sequences", options.get("num_return_sequences", 1))
+    size = len(prompts) if batch_size is None else max(1, _whole("batch_size", batch_size) // n)
+    if size < len(prompts):
+        check_sampling(*(options.get(name, usual) for name, usual in SAMPLING.items()))
+        _room(model, prompts, options.get("max_new_tokens"), options.get("max_length"))  # of all, before the first
+        options["seed"] = int(torch.randint(2**62, ())) if options.get("seed") is None else options["seed"]
+    for first in range(0, len(prompts), size):
+        yield _batch(model, prompts[first : first + size], n, {**options, "first_prompt": first})
+
+
+def _batch(model, prompts, n, options):
     steps = stream_tokens(model, prompts, **options)
-    rows = [prompt for prompt in prompts for _ in range(options.get("num_return_sequences", 1))]
+    rows = [prompt for prompt in prompts for _ in range(n)]
     written = [[] for _ in rows]
     for new in steps:
         for row, token in enumerate(new):
@@ -38,7 +55,7 @@ def generate_tokens(model, tokens, **options):
 
 def stream_tokens(
     model, tokens, *, max_new_tokens=None, max_length=None, temperature=1.0, top_k=None, top_p=None,
-    num_return_sequences=1, seed=None, stop_at=END, vocab_size=None,
+    num_return_sequences=1, seed=None, stop_at=END, vocab_size=None, first_prompt=0,
 ):
     """Yields a step's new tokens, a list with an id for every row, -1 where the row has ended.
 
@@ -47,7 +64,8 @@ def stream_tokens(
     unless given, None never. temperature 0 is greedy; top_k and top_p narrow the draw, in this order; ids are
     below vocab_size, the model's unless given. seed makes draws repeatable (torch's generator gives one
     otherwise): a token depends on it, on the numbers of its prompt and sequence and on what stands before it,
-    not on the other rows. Raises ValueError, before anything is computed, for what does not fit.
+    not on the other rows; first_prompt is the first one's number, where others went before. Raises ValueError,
+    before anything is computed, for what does not fit.
     """
     prompts = _prompts(model, tokens)
     check_sampling(temperature, top_k, top_p, seed)
@@ -61,10 +79,10 @@ def stream_tokens(
     forced("decode_attention")  # a backend of FASTLM_BACKEND that this machine lacks says so now
     seed = int(torch.randint(2**62, (), device="cpu")) if seed is None else int(seed)
     sampler = Sampler(vocab_size, temperature, top_k, top_p)
-    return _run(model, prompts, room, n, sampler, seed, stop)
+    return _run(model, prompts, room, n, sampler, seed, stop, first_prompt)
 
 
-def _run(model, prompts, room, n, sampler, seed, stop):
+def _run(model, prompts, room, n, sampler, seed, stop, first):
     left = [count for count in room for _ in range(n)]  # tokens each row may still write
     capacity = max(len(prompt) + count for prompt, count in zip(prompts, room))
     fast = why_not(model) is None
@@ -78,7 +96,7 @@ def _run(model, prompts, room, n, sampler, seed, stop):
         if n > 1:
             cache.repeat(n)
             engine = Engine(model, cache, weights) if fast else None
-        uniform = uniforms(seed, len(prompts), n, max(left), model.device)
+        uniform = uniforms(seed, len(prompts), n, max(left), model.device, first)
         if fast:
             step = EngineStep(engine, sampler, uniform, stop)
         else:
@@ -172,7 +190,7 @@ def _room(model, prompts, max_new_tokens, max_length):
 
 
 def generate(model, tokenizer, texts, **options):
-    """What the model writes after each text, the text included; options as for `stream_tokens`.
+    """What the model writes after each text, the text included; options as for `generate_tokens`.
 
     texts: a string, or a list of them. Returns a string for a string and a list for a list; with
     num_return_sequences > 1 a list of strings in each place. The end-of-text token is left out.

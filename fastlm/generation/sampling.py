@@ -54,12 +54,12 @@ def check_sampling(temperature, top_k, top_p, seed):
         raise ValueError(f"seed is {seed!r}, wanted a whole number from 0 to 2^64 - 1, or None")
 
 
-def uniforms(seed, prompts, sequences, steps, device):
-    """Numbers in [0, 1), fp64 (prompts · sequences, steps), a row for every sequence of every prompt.
+def uniforms(seed, prompts, sequences, steps, device, first=0):
+    """Numbers in [0, 1), fp64 (prompts · sequences, steps), a row for every sequence of every prompt from the `first`.
 
     Each depends on seed, the numbers of prompt and sequence, and step alone, not on how many there are.
     """
-    prompt = torch.arange(prompts, device=device)[:, None, None]
+    prompt = torch.arange(first, first + prompts, device=device)[:, None, None]
     sequence, step = torch.arange(sequences, device=device)[:, None], torch.arange(steps, device=device)
     zero = torch.zeros((), dtype=torch.int64, device=device)
     high, low, _, _ = philox((step, sequence, prompt, zero), (zero + seed % 2**32, zero + seed // 2**32))

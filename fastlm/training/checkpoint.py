@@ -7,6 +7,7 @@ of another name, every file and the directory are synced to disk, then it is ren
 directory that verifies is the last good state.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -16,6 +17,8 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+
+from fastlm.data.disk import advice, cause
 
 FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
 KEPT = 2
@@ -48,10 +51,28 @@ def save(directory, state):
         shutil.rmtree(staging, ignore_errors=True)
         last = found(directory)
         kept = f"the last good one is {last[-1]}" if last else "there is none yet"
-        raise RuntimeError(f"{target}: the checkpoint could not be written ({error}); {kept}") from None
+        other = "save to another disk"
+        raise RuntimeError(
+            f"{target}: the checkpoint could not be written ({cause(error)}); {kept}; {advice(error, other)}, and go "
+            f"on with: fastlm train --resume --out {directory.parent}"
+        ) from None
     for old in found(directory)[:-KEPT]:
         shutil.rmtree(old, ignore_errors=True)
     return target
+
+
+@contextlib.contextmanager
+def writing(out):
+    """An OSError within is told as what keeps the run in OUT from going on, with the last good checkpoint."""
+    try:
+        yield
+    except OSError as error:
+        last = found(Path(out) / "checkpoints")
+        kept = f"the last good checkpoint is {last[-1]}" if last else "there is no checkpoint yet"
+        again = f"go on with: fastlm train --resume --out {out}" if last else "begin anew"
+        raise RuntimeError(
+            f"{out}: could not be written ({cause(error)}); {kept}; {advice(error, 'mend that')}, and {again}"
+        ) from None
 
 
 def found(directory):

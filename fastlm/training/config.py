@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Literal
@@ -47,7 +48,7 @@ class TrainConfig(BaseModel):
     out: str = Field(description="directory of the run")
     tokenizer: str = Field("bpe", description="bpe, bytes, chars or a path; for text that is not prepared yet")
     vocab_size: int | None = Field(None, ge=2, le=2**24, description="of a bpe that is trained")
-    val_fraction: float = Field(0.1, gt=0, lt=1)
+    val_fraction: float = Field(0.1, ge=0, lt=1, description="of the text, held out; 0 trains without evaluation")
 
     n_layer: int = Field(12, ge=1, le=1024)
     n_head: int = Field(12, ge=1, le=1024)
@@ -73,6 +74,7 @@ class TrainConfig(BaseModel):
     compile: bool = Field(False, description="torch.compile the model")
     seed: int = Field(1337, ge=0, lt=2**31)
     eval_every: int = Field(250, ge=1)
+    eval_tokens: int | None = Field(None, ge=1, description="of what is held out an evaluation reads; all unless given")
     save_every: int = Field(500, ge=1)
     sample_prompt: str | None = None
     sample_tokens: int = Field(200, ge=0)
@@ -82,35 +84,40 @@ class TrainConfig(BaseModel):
         try:
             super().__init__(**values)
         except ValidationError as error:
-            told = [
-                f"{'.'.join(map(str, found['loc'])) or 'settings'} is {found['input']!r}: {found['msg']}"
-                if found["type"] != "missing" else f"{found['loc'][0]} is missing; pass --{found['loc'][0]}"
-                for found in error.errors()
-            ]
-            raise ValueError("; ".join(told)) from None
+            raise ValueError("; ".join(map(_told, error.errors()))) from None
 
     @model_validator(mode="after")
     def _fits(self):
-        if self.n_embd % self.n_head:
+        if self.n_embd % self.n_head and self.init_from is None:  # which has sizes of its own
             raise ValueError(f"n_embd={self.n_embd} is no multiple of n_head={self.n_head}")
         if self.min_learning_rate > self.learning_rate:
             raise ValueError(f"min_learning_rate={self.min_learning_rate} is above learning_rate={self.learning_rate}")
         return self
 
     def dump(self, path):
-        """Writes the settings as JSON, from which `load` makes them again."""
-        Path(path).write_text(json.dumps(self.model_dump(), indent=2) + "\n", encoding="utf-8")
+        """Writes the settings as JSON, from which `load` makes them again; a full disk leaves those of before."""
+        partial = Path(path).with_name(f".{Path(path).name}.partial")
+        partial.write_text(json.dumps(self.model_dump(), indent=2) + "\n", encoding="utf-8")
+        os.replace(partial, path)
 
     @classmethod
     def load(cls, path, **changes):
         """The settings of a run's train.json, with changes."""
         try:
-            values = json.loads(Path(path).read_text(encoding="utf-8"))
+            values = json.loads(Path(path).read_text(encoding="utf-8-sig"))
         except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
             raise ValueError(f"{path}: no settings of a run ({error})") from None
         if not isinstance(values, dict):
             raise ValueError(f"{path}: no settings of a run (a JSON {type(values).__name__})")
         return cls(**{**values, **changes})
+
+
+def _told(found):
+    """A finding of pydantic's as a sentence."""
+    name = ".".join(map(str, found["loc"]))
+    if found["type"] == "missing":
+        return f"{name} is missing; pass --{name}"
+    return f"{name} is {found['input']!r}: {found['msg']}" if name else found["msg"].removeprefix("Value error, ")
 
 
 def read_settings(*, preset=None, file=None, settings=(), **given):
@@ -122,7 +129,7 @@ def read_settings(*, preset=None, file=None, settings=(), **given):
         values |= PRESETS[preset]
     if file is not None:
         try:
-            values |= tomllib.loads(Path(file).read_text(encoding="utf-8"))
+            values |= tomllib.loads(Path(file).read_text(encoding="utf-8-sig"))
         except OSError as error:
             raise ValueError(f"{file}: cannot be read ({error.strerror})") from None
         except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:

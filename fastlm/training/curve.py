@@ -1,5 +1,6 @@
 """The loss curve of a run: drawn in the terminal, and as a PNG beside its metrics."""
 
+from fastlm.data.disk import cause
 from fastlm.training.listener import Listener
 from fastlm.training.metrics import read_metrics
 
@@ -9,8 +10,13 @@ class Curve(Listener):
 
     def finished(self, trainer):
         if trainer.done:
-            save_png(read_metrics(trainer.out / "metrics.jsonl"), trainer.out / "loss.png", title=str(trainer.out))
-            trainer.tell("say", f"the model, its metrics and loss.png are in {trainer.out}")
+            rows, path = read_metrics(trainer.out / "metrics.jsonl"), trainer.out / "loss.png"
+            try:
+                save_png(rows, path, title=str(trainer.out))
+            except OSError as error:  # the model is saved: no reason to fail
+                trainer.tell("say", f"{path} could not be drawn ({cause(error)}); the model is in {trainer.out}")
+            else:
+                trainer.tell("say", f"the model, its metrics and loss.png are in {trainer.out}")
 
 
 def save_png(rows, path, *, baselines=None, title="loss"):

@@ -9,6 +9,8 @@ import json
 import os
 from pathlib import Path
 
+from fastlm.data.disk import naming
+from fastlm.training import checkpoint
 from fastlm.training.listener import Listener
 
 
@@ -26,7 +28,8 @@ class Metrics(Listener):
             os.truncate(file, length)
 
     def evaluated(self, trainer, row):
-        with open(self._file(trainer), "ab") as file:
+        path = self._file(trainer)
+        with checkpoint.writing(trainer.out), naming(path), open(path, "ab") as file:
             file.truncate(trainer.state.metrics_bytes)
             file.write(json.dumps(row).encode() + b"\n")
             file.flush()

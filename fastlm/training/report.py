@@ -1,5 +1,7 @@
 """What a training run shows in a terminal: bars while it works, a line per evaluation."""
 
+import os
+import sys
 import time
 
 from rich.console import Console
@@ -12,7 +14,7 @@ class Terminal(Listener):
     """Shows a run: progress bar with loss, tokens/s and time left, and every evaluation."""
 
     def __init__(self, console=None):
-        self.console = console or Console()
+        self.console = console or Console(file=Lasting())
         self._bar = self._task = None
         self._shown = self._shown_step = 0
 
@@ -49,7 +51,8 @@ class Terminal(Listener):
 
     def evaluated(self, trainer, row):
         rate = f", {row['tokens_per_second']:,.0f} tokens/s" if row["tokens_per_second"] else ""
-        self.say(f"step {row['step']:>6}: training {row['train_loss']:.3f}, held out {row['val_loss']:.3f}{rate}")
+        held_out = "" if row["val_loss"] is None else f", held out {row['val_loss']:.3f}"
+        self.say(f"step {row['step']:>6}: training {row['train_loss']:.3f}{held_out}{rate}")
         self._shown, self._shown_step = time.perf_counter(), trainer.state.step
 
     def finished(self, trainer):
@@ -67,3 +70,31 @@ class Terminal(Listener):
         if self._bar is not None:
             self._bar.stop()
         self._bar = None
+
+
+class Lasting:
+    """Standard output, in silence from where nobody hears it any more: its terminal hung up, or its reader left.
+
+    A run does not end for that.
+    """
+
+    def __getattr__(self, name):
+        return getattr(self._file, name)
+
+    @property
+    def _file(self):
+        return getattr(sys.stdout, "rich_proxied_file", sys.stdout)  # bars put a file of theirs in its place
+
+    def write(self, text):
+        return self._lasting(self._file.write, text)
+
+    def flush(self):
+        self._lasting(self._file.flush)
+
+    def _lasting(self, function, *arguments):
+        try:
+            return function(*arguments)
+        except OSError:
+            nothing = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nothing, self._file.fileno())  # what is still held back goes there too
+            os.close(nothing)

@@ -14,14 +14,15 @@ class Sample(Listener):
 
 
 def sample(trainer):
-    """A text that the trained model writes, after the configured prompt or the first held-out words.
+    """A text that the trained model writes, after the configured prompt, or the first held-out words (where
+    nothing is held out, the first of the training text).
 
     Where the text outgrows the model's context, it goes on from the last half of it. Raises ValueError where the
     prompt fills the context.
     """
     config, tokenizer, model = trainer.config, trainer.tokenizer, trainer.state.model
     if config.sample_prompt is None:
-        tokens, _ = next(iter(trainer.val_data.whole(1)))
+        tokens, _ = next(iter((trainer.val_data or trainer.train_data).whole(1)))
         text = tokens[0, : max(1, min(8, tokens.shape[1] // 4))]
     else:
         text = torch.tensor(tokenizer.encode(config.sample_prompt))
@@ -34,7 +35,8 @@ def sample(trainer):
         if count < 1:
             break
         row = model.generate(
-            [given], max_new_tokens=count, temperature=0.8, top_k=200, seed=config.seed + len(text), stop_at=None
+            [given], max_new_tokens=count, temperature=0.8, top_k=200, seed=config.seed + len(text), stop_at=None,
+            vocab_size=tokenizer.vocab_size,  # the checkpoint that it began with may have more
         )[0]
         text = torch.cat([text, row[len(given) :]])
     return tokenizer.decode(text)

@@ -16,9 +16,7 @@ from pathlib import Path
 import torch
 
 from fastlm.backends import native
-from fastlm.data.loader import Loader
-from fastlm.data.shards import read_split
-from fastlm.data.tokenizer import Tokenizer
+from fastlm.data.disk import naming
 from fastlm.dispatch.forcing import use
 from fastlm.dispatch.table import TABLE
 from fastlm.training import checkpoint
@@ -26,24 +24,26 @@ from fastlm.training.config import TrainConfig
 from fastlm.training.listener import tell
 from fastlm.training.metrics import Metrics
 from fastlm.training.optimizer import AdamW, learning_rate
-from fastlm.training.setup import find_backends, find_device, find_shards, make_model
+from fastlm.training.setup import find_backends, find_data, find_device, find_loaders, make_model, settled
 from fastlm.training.state import State, generators
 from fastlm.training.step import Step, autocast, lacks
 
 MOST_SKIPPED = 10  # steps in a row without a finite gradient before the run gives up
 EVAL_TOKENS = 8192  # tokens evaluated at a time
+NOTICED = 0.5  # seconds of an evaluation that nobody minds
 
 
 class Trainer:
     """A run. `Trainer(config).run()` trains to the end; `Trainer.resume(out)` goes on where a run stopped.
 
     config: TrainConfig. listeners: told of the run after metrics.jsonl is. resumed: path of a checkpoint. into: OUT may
-    hold other files. Raises ValueError for what is wrong with the settings or the data before anything but prepared
-    data is written.
+    hold other files. asked: the names of the settings that somebody gave, all that the config was made with unless
+    given: one that does not fit the data or init_from is refused; another yields to them. Raises ValueError for what is
+    wrong with the settings or the data before anything but prepared data is written.
     """
 
-    def __init__(self, config, *, listeners=(), resumed=None, into=False):
-        self.config, self.out = config, Path(config.out)
+    def __init__(self, config, *, listeners=(), resumed=None, into=False, asked=None):
+        self.out, asked = Path(config.out), config.model_fields_set if asked is None else frozenset(asked)
         self.tell = functools.partial(tell, (Metrics(), *listeners))
         taken = self.out.exists() and (not self.out.is_dir() or set(os.listdir(self.out)) - {"data"})
         if taken and resumed is None and not into:
@@ -51,15 +51,17 @@ class Trainer:
         self.device = find_device(config.device)
         if lacks(config.dtype, self.device.type):
             self.tell("say", "this CPU has no bf16 products: they are made in fp32, which is far faster on it")
-        data = find_shards(config, self.tell)
-        self.tokenizer = Tokenizer.load(data)
-        self.train_data, self.val_data = (
-            Loader(read_split(data, split), config.sequence_length, config.batch_size, self.tokenizer.vocab_size,
-                   config.seed)
-            for split in ("train", "val")
-        )
+        again = resumed is not None
+        data, self.tokenizer = find_data(config, asked, self.tell, resumed=again)
+        self.train_data, self.val_data = find_loaders(config, data, self.tokenizer)
+        held_out = 0 if self.val_data is None else self.val_data.targets
+        if held_out > (config.eval_tokens or held_out):
+            self.tell("say", f"an evaluation reads {config.eval_tokens:,} of {held_out:,} held-out tokens")
         torch.manual_seed(config.seed)
-        model = make_model(config, self.tokenizer).to(self.device)
+        model = make_model(config, self.tokenizer, asked=asked, resumed=again).to(self.device)
+        self.config = config = settled(config, model, data)
+        for loader in filter(None, (self.train_data, self.val_data)):
+            loader.vocab_size = min(loader.vocab_size, model.config.vocab_size)
         self.state = State(model, AdamW(model, config), generators(self.device))
         if resumed is None:
             self.state.backends = find_backends(model, self.state.optimizer, config.dtype)
@@ -68,14 +70,20 @@ class Trainer:
             self.tell("resumed", self, resumed)
             self.tell("say", f"resuming {self.out} at step {self.state.step}")
         self.step = Step(model, self.state.optimizer, self.train_data, config)
-        self._stop = None
+        self.stopped = None  # by which signal
 
     @classmethod
-    def resume(cls, out, *, listeners=(), **changes):
+    def resume(cls, out, *, listeners=(), asked=None, **changes):
         """The run of directory `out`, from its newest whole checkpoint, with changed settings such as steps."""
-        config = TrainConfig.load(Path(out) / "train.json", **{**changes, "out": str(out)})
+        settings = Path(out) / "train.json"
+        former, config = TrainConfig.load(settings), TrainConfig.load(settings, **{**changes, "out": str(out)})
+        asked = {name for name in (changes if asked is None else asked) if name in changes and name != "out"
+                 and getattr(config, name) != getattr(former, name)}
+        if "init_from" in asked:
+            raise ValueError(f"init_from is {config.init_from!r}, but the run in {out} goes on from its checkpoint; "
+                             "leave it out")
         newest = checkpoint.newest(Path(out) / "checkpoints", warn=functools.partial(tell, listeners, "say"))
-        return cls(config, listeners=listeners, resumed=newest)
+        return cls(config, listeners=listeners, resumed=newest, asked=asked)
 
     @property
     def done(self):
@@ -83,10 +91,13 @@ class Trainer:
         return self.state.step >= self.config.steps
 
     def run(self):
-        """Trains to the last step, or until SIGINT or SIGTERM, which finish the step and save. True at the end."""
+        """Trains to the last step, or until SIGINT, SIGTERM or SIGHUP, which finish the step and save. True at the end;
+        `stopped` is the signal where it was not reached.
+        """
         config, state = self.config, self.state
-        self.out.mkdir(parents=True, exist_ok=True)
-        config.dump(self.out / "train.json")
+        with checkpoint.writing(self.out), naming(self.out / "train.json"):
+            self.out.mkdir(parents=True, exist_ok=True)
+            config.dump(self.out / "train.json")
         if self.device.type == "cpu":
             native.keep_heap()
         for op, backend in state.backends.items():
@@ -96,15 +107,22 @@ class Trainer:
             if state.step == 0:
                 self._tell_row(self._first_loss(), self.evaluate(), None, None)
             self.tell("started", self)
-            clock, clock_step = time.perf_counter(), state.step
-            while not self.done and self._stop is None:
+            clock, clock_step, slow = time.perf_counter(), state.step, False
+            while not self.done and self.stopped is None:
                 loss, norm = self.train_step()
                 self.tell("stepped", self, loss)
                 if state.step % config.eval_every == 0 or self.done:
                     elapsed = time.perf_counter() - clock
                     tokens = (state.step - clock_step) * config.batch_size * config.sequence_length
                     mean = state.loss_sum / max(state.loss_steps, 1)
-                    self._tell_row(mean, self.evaluate(), norm, round(tokens / elapsed, 1))
+                    val_loss, took = self.evaluate(), time.perf_counter() - clock - elapsed
+                    self._tell_row(mean, val_loss, norm, round(tokens / elapsed, 1))
+                    if took > max(elapsed, NOTICED) and not slow and not self.done:
+                        slow = True
+                        self.tell(
+                            "say", f"an evaluation takes longer than the {state.step - clock_step} steps between "
+                            f"({took:.0f} s, {elapsed:.0f} s); --set eval_tokens=N reads less, eval_every=N is rarer"
+                        )
                     state.loss_sum, state.loss_steps = 0.0, 0
                     clock, clock_step = time.perf_counter(), state.step
                 if state.step % config.save_every == 0 or self.done:
@@ -112,7 +130,7 @@ class Trainer:
             if not self.done:
                 self.save()
                 self.tell(
-                    "say", f"stopped by {self._stop} and saved at step {state.step}; "
+                    "say", f"stopped by {self.stopped.name} and saved at step {state.step}; "
                     f"go on with: fastlm train --resume --out {self.out}"
                 )
         self.tell("finished", self)
@@ -133,10 +151,15 @@ class Trainer:
         return loss, norm
 
     def evaluate(self):
-        """The mean loss over the whole val split, every target counted once, in nats per token."""
+        """The mean loss over the val split, or eval_tokens of it, every target counted once, in nats per token; None
+        where there is none.
+        """
+        if self.val_data is None:
+            return None
         self.state.model.eval()
         total, count = 0.0, 0
-        for tokens, targets in self.val_data.whole(max(1, EVAL_TOKENS // self.config.sequence_length)):
+        rows = max(1, EVAL_TOKENS // self.config.sequence_length)
+        for tokens, targets in self.val_data.whole(rows, self.config.eval_tokens):
             total, count = total + self._loss(tokens, targets) * targets.numel(), count + targets.numel()
         return total / count
 
@@ -161,24 +184,32 @@ class Trainer:
     def save(self):
         """Writes a checkpoint and makes OUT the model of this step."""
         path = checkpoint.save(self.out / "checkpoints", self.state)
-        checkpoint.link(path / "model.safetensors", self.out / "model.safetensors")
-        partial = self.out / ".config.json.partial"
-        partial.write_text(json.dumps(self.state.model.config.dump(), indent=2) + "\n", encoding="utf-8")
-        os.replace(partial, self.out / "config.json")
-        self.tokenizer.save(self.out)
+        with checkpoint.writing(self.out):
+            checkpoint.link(path / "model.safetensors", self.out / "model.safetensors")
+            partial = self.out / ".config.json.partial"
+            with naming(self.out / "config.json"):
+                partial.write_text(json.dumps(self.state.model.config.dump(), indent=2) + "\n", encoding="utf-8")
+                os.replace(partial, self.out / "config.json")
+            self.tokenizer.save(self.out, max_length=self.state.model.config.n_positions)
 
     @contextlib.contextmanager
     def _signals(self):
-        """While it is open, SIGINT and SIGTERM ask the loop to stop; a second SIGINT interrupts at once."""
-        def ask(number, frame):
-            if self._stop is not None:
-                raise KeyboardInterrupt
-            self._stop = signal.Signals(number).name
+        """While it is open, SIGINT, SIGTERM and SIGHUP ask the loop to stop; a second SIGINT interrupts at once.
 
-        try:
-            former = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-        except ValueError:  # not the main thread: its signals are somebody else's
-            former = {}
+        Others come in pairs, from a shell and its terminal, and cut no save off. What is ignored, as SIGHUP under
+        nohup, stays so.
+        """
+        def ask(number, frame):
+            if self.stopped is None:
+                self.stopped = signal.Signals(number)
+            elif number == signal.SIGINT:
+                raise KeyboardInterrupt
+
+        former = {}
+        with contextlib.suppress(ValueError):  # not the main thread: its signals are somebody else's
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                if signal.getsignal(number) != signal.SIG_IGN:
+                    former[number] = signal.signal(number, ask)
         try:
             yield
         finally:
