@@ -10,6 +10,8 @@ from torch import nn
 from fastlm import fast_path
 from fastlm.config import GPT2Config
 from fastlm.ops import attention_qkv, bias_gelu, layer_norm, linear_xent, softmax_xent
+from fastlm.ops.checks import beneath
+from fastlm.ops.once import transformed
 
 __all__ = ["GPT2", "GPT2Config"]
 
@@ -194,7 +196,7 @@ class GPT2(nn.Module):
         """
         tied = self.lm_head.weight is self.transformer.wte.weight
         few = tokens.device.type == "cpu" and tokens.numel() < self.config.vocab_size
-        return tied and few and not torch.compiler.is_compiling()
+        return tied and few and not transformed()
 
     def _check_targets(self, tokens, targets):
         if targets.shape != tokens.shape:
@@ -211,6 +213,7 @@ class GPT2(nn.Module):
                 f"GPT2: {tokens.shape[1]} tokens a sequence, but the model has n_positions={self.config.n_positions}"
             )
         if tokens.device.type == "cpu" and tokens.numel() and not torch.compiler.is_compiling():
+            tokens = beneath(tokens)
             low, high = (int(value) for value in torch.aminmax(tokens))
             if low < 0 or high >= self.config.vocab_size:
                 wrong = ((tokens < 0) | (tokens >= self.config.vocab_size)).nonzero()[0].tolist()
