@@ -1,8 +1,11 @@
 """Once: the autograd Function of an op that is differentiable once, for plain autograd and for torch.func.
 
 torch.func takes a Function with a setup_context alone, whose signature torch inspects at every call: a fourth of what a
-small op takes. So each is two, with one forward and one backward: itself, where a transform (grad, vjp, vmap) is on or
-torch.compile traces, and a bare one everywhere else.
+small op takes. So there are more of each, with one forward and one backward:
+
+    Once        with a setup_context: what torch.compile traces, which takes no jvp
+    functional  the same with a jvp that says that there is none, and with vmap: where grad, vjp or vmap are on
+    bare        without a setup_context: everywhere else
 """
 
 import torch
@@ -19,26 +22,25 @@ class Bare(torch.autograd.Function):
         raise RuntimeError(_forward_mode(cls.op))
 
 
-class Once(Bare):
-    """`op` is its name, and its backward calls `gradient`; it is called by `run`. Its `bare` is made of its own parts,
-    unless it has one that spares something.
+class Once(torch.autograd.Function):
+    """`op` is its name, and its backward calls `gradient`; it is called by `run`. `bare` and `functional` are made of
+    it, but for a bare one that can spare something and is given.
     """
 
-    bare = None
-    generate_vmap_rule = True  # what it calls are ops of ours, which dispatch.samples batches
+    op = bare = functional = None
 
     def __init_subclass__(cls):
-        if cls.bare is None:
-            cls.bare = _bare(cls)
+        if cls.functional is None:
+            cls.bare = cls.bare or _bare(cls)
+            cls.functional = type(cls)(cls.__name__, (cls,), {
+                "functional": True, "jvp": classmethod(Bare.jvp.__func__),
+                "generate_vmap_rule": True})  # of ops of ours alone, which dispatch.samples batches
 
     @classmethod
     def run(cls, *args):
-        return cls.apply(*args) if transformed() else cls.bare.apply(*args)
-
-
-def transformed():
-    """Whether a transform of torch.func is on, or torch.compile traces."""
-    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+        if torch.compiler.is_compiling():
+            return cls.apply(*args)
+        return (cls.functional if torch._C._are_functorch_transforms_active() else cls.bare).apply(*args)
 
 
 def _bare(once):
@@ -53,6 +55,11 @@ def _bare(once):
 
     parts = {"op": once.op, "forward": staticmethod(forward), "backward": staticmethod(backward)}
     return type(once)(once.__name__, (Bare,), parts)
+
+
+def transformed():
+    """Whether a transform of torch.func is on, or torch.compile traces."""
+    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
 
 
 def gradient(op, run, *operands):
