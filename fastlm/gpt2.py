@@ -9,6 +9,7 @@ from torch import nn
 
 from fastlm import fast_path
 from fastlm.config import GPT2Config
+from fastlm.likeness import AlikeConv1D
 from fastlm.ops import attention_qkv, bias_gelu, layer_norm, linear_xent, softmax_xent
 from fastlm.ops.checks import beneath
 from fastlm.ops.once import transformed
@@ -17,7 +18,7 @@ __all__ = ["GPT2", "GPT2Config"]
 
 
 @fast_path.plain
-class Conv1D(nn.Module):
+class Conv1D(AlikeConv1D):
     """x W + b with W (in, out), the layout of OpenAI's checkpoints."""
 
     def __init__(self, inputs, outputs, std):
@@ -80,9 +81,12 @@ class MLP(nn.Module):
         self.c_proj = Conv1D(inner, C, config.initializer_range / (2 * L) ** 0.5)
 
     def forward(self, x):
-        u = self.c_fc(x, bias=False)
-        x = self.c_proj(bias_gelu(u.view(-1, u.shape[-1]), self.c_fc.bias)).view(x.shape)
-        return F.dropout(x, self.residual_dropout, self.training)
+        if fast_path.why_not(self, [self.c_fc]) is None:
+            u = self.c_fc(x, bias=False)
+            g = bias_gelu(u.view(-1, u.shape[-1]), self.c_fc.bias).view(u.shape)
+        else:
+            g = F.gelu(self.c_fc(x), approximate="tanh")
+        return F.dropout(self.c_proj(g), self.residual_dropout, self.training)
 
 
 @fast_path.plain
@@ -101,7 +105,12 @@ class Block(nn.Module):
     def unadded(self, x, added, cache, seed):
         """(x, added) behind the block of x + added: a sum that the next norm makes in its own pass."""
         normed, x = (self.ln_1(x), x) if added is None else self.ln_1(added, x)
-        normed, x = self.ln_2(self.attn(normed, cache, seed), x)
+        added = self.attn(normed, cache, seed)
+        if fast_path.why_not(self, [self.ln_2]) is None:
+            normed, x = self.ln_2(added, x)
+        else:
+            x = x + added
+            normed = self.ln_2(x)
         return x, self.mlp(normed)
 
     def weights(self):
@@ -138,11 +147,11 @@ class GPT2(nn.Module):
 
     @property
     def device(self):
-        return self.transformer.wte.weight.device
+        return next(self.parameters()).device
 
     @property
     def dtype(self):
-        return self.transformer.wte.weight.dtype
+        return next(self.parameters()).dtype
 
     def hidden(self, tokens, *, positions=None, cache=None, seed=None, sparse=False):
         """The final hidden states (B, T, C), normalised, of tokens (B, T) int64.
@@ -155,7 +164,8 @@ class GPT2(nn.Module):
         if positions is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device)
         seeds = self._layer_seeds(seed) if self.training and self.config.attn_pdrop else [None] * self.config.n_layer
-        x = self.transformer.wte(tokens, sparse) + self.transformer.wpe(positions)
+        wte = self.transformer.wte
+        x = (wte(tokens, sparse=True) if sparse else wte(tokens)) + self.transformer.wpe(positions)
         x = F.dropout(x, self.config.embd_pdrop, self.training)
         if (fast := fast_path.hidden(self, x, cache, seeds)) is not None:
             return fast
@@ -188,13 +198,18 @@ class GPT2(nn.Module):
         """The loss of `model(tokens, targets)` without its logits, which never exist as a whole: what to train with."""
         self._check_targets(tokens, targets)
         hidden = self.hidden(tokens, seed=seed, sparse=self.adds_few_rows(tokens))
+        if fast_path.why_not(self, [self.lm_head]) is not None or self.lm_head.bias is not None:
+            logits = self.lm_head(hidden)
+            return softmax_xent(logits.view(-1, logits.shape[-1]), targets.reshape(-1))
         return linear_xent(hidden.view(-1, hidden.shape[-1]), self.lm_head.weight, targets.reshape(-1))
 
     def adds_few_rows(self, tokens):
         """Whether the embedding of tokens (B, T) adds few rows to wte's gradient, to which the head's is there first,
         dense: then a sparse tensor of them is the cheaper one.
         """
-        tied = self.lm_head.weight is self.transformer.wte.weight
+        wte, head = self.transformer.wte, self.lm_head
+        known = type(wte) is Embedding and "forward" not in vars(wte) and type(head) is nn.Linear
+        tied = known and head.weight is wte.weight
         few = tokens.device.type == "cpu" and tokens.numel() < self.config.vocab_size
         return tied and few and not transformed()
 

@@ -22,7 +22,7 @@ OPS = sorted(path.stem for path in (ROOT / "fastlm" / "ops").glob("[a-z]*.py") i
 FLOORS = [
     {"config", "kernels", "ops.checks", "ops.once", "backends", "measure", "dispatch.refusal", "dispatch.table"},
     {"backends.reference", "backends.native"}, {"backends.vendor"}, {"backends.chunked", "backends.composed"},
-    {"dispatch.forcing"}, {"dispatch"}, {"ops"}, {"fast_path", "quantised", "data"},
+    {"dispatch.forcing"}, {"dispatch"}, {"ops"}, {"fast_path", "likeness", "quantised", "data"},
     {"generation", "pretrained"},  # they take a model for what it does, and know no class of it
     {"gpt2"}, {"training"}, {"measure.certificate"}, {"benchmarks"}, {"cli"},
 ]

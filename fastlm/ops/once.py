@@ -1,6 +1,6 @@
 """Once: the autograd Function of an op that is differentiable once, for plain autograd and for torch.func.
 
-torch.func takes a Function with a setup_context alone, whose signature torch inspects at every call: a fourth of what a
+torch.func takes a Function with a setup_context alone, whose signature torch inspects at every call: up to half of what a
 small op takes. So there are more of each, with one forward and one backward:
 
     Once        with a setup_context: what torch.compile traces, which takes no jvp
