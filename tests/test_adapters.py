@@ -1,4 +1,4 @@
-"""Adapters on a GPT-2, by hand and by peft: they count wherever the model does, alone are trained, merge and are saved."""
+"""Adapters on a GPT-2, by hand and by peft: they count everywhere, alone are trained, merge and are saved."""
 
 import copy
 import io
@@ -75,7 +75,7 @@ def model():
     off = dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), 0.0)
     model = fastlm.GPT2(fastlm.GPT2Config(**SIZES, **off)).to(DEVICE).eval()
     for p in model.parameters():
-        p.data.add_(torch.randn_like(p) * 0.05)  # biases too
+        p.data.add_(torch.randn_like(p) * 0.15)  # biases too
     return model
 
 
@@ -222,7 +222,8 @@ def test_a_head_of_ones_own(model, kind):
     torch.testing.assert_close(model(tokens)[0], wanted)
     loss = F.cross_entropy(wanted.flatten(0, 1), targets.flatten())
     torch.testing.assert_close(model.loss(tokens, targets), loss)
-    newest = [int(row[-1]) for row in model.generate(tokens, max_new_tokens=1, temperature=0)]
+    with fastlm.use(decode_attention="torch"):  # the model's own modules
+        newest = [int(row[-1]) for row in model.generate(tokens, max_new_tokens=1, temperature=0)]
     assert newest == wanted[:, -1].argmax(-1).tolist()
 
 
@@ -269,6 +270,8 @@ def test_peft_counts_and_merges(peft, model, options):
     assert continued(wrapped) != continued(plain)
     with wrapped.disable_adapter():
         torch.testing.assert_close(wrapped(tokens)[0], plain(tokens)[0])
+    if {"wte", "lm_head"} & {name.rpartition(".")[2] for name in wrapped.base_model.targeted_module_names}:
+        return  # peft would merge it into the weight that both have
     merged = copy.deepcopy(wrapped).merge_and_unload()
     assert all(type(block.attn.c_attn) is Conv1D for block in merged.transformer.h)
     same_model(wrapped, merged)

@@ -1,7 +1,7 @@
 """Once: the autograd Function of an op that is differentiable once, for plain autograd and for torch.func.
 
-torch.func takes a Function with a setup_context alone, whose signature torch inspects at every call: up to half of what a
-small op takes. So there are more of each, with one forward and one backward:
+torch.func takes a Function with a setup_context alone, whose signature torch inspects at every call: up to half of
+what a small op takes. So there are more of each, with one forward and one backward:
 
     Once        with a setup_context: what torch.compile traces, which takes no jvp
     functional  the same with a jvp that says that there is none, and with vmap: where grad, vjp or vmap are on
