@@ -110,6 +110,8 @@ class GPT2Config(BaseModel):
             "dtype": "float32",
         }
 
+    to_dict = dump  # the name in transformers, by which peft asks
+
 
 def _told(error):
     """Pydantic's findings as one sentence each: field, what came, what was wanted."""

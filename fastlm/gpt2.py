@@ -11,13 +11,16 @@ from torch import nn
 
 from fastlm import fast_path
 from fastlm.config import GPT2Config
+from fastlm.likeness import AlikeConv1D
 from fastlm.ops import attention_qkv, bias_gelu, layer_norm, linear_xent, softmax_xent
+from fastlm.ops.checks import beneath
+from fastlm.ops.once import transformed
 
 __all__ = ["GPT2", "GPT2Config"]
 
 
 @fast_path.plain()
-class Conv1D(nn.Module):
+class Conv1D(AlikeConv1D):
     """x W + b with W (in, out), the layout of OpenAI's checkpoints."""
 
     def __init__(self, inputs, outputs, std):
@@ -85,8 +88,8 @@ class MLP(nn.Module):
         else:
             u = self.c_fc(x)
             bias = u.new_zeros(u.shape[-1])
-        x = self.c_proj(bias_gelu(u.reshape(-1, u.shape[-1]), bias)).view(x.shape)
-        return F.dropout(x, self.residual_dropout, self.training)
+        g = bias_gelu(u.reshape(-1, u.shape[-1]), bias).view(u.shape)
+        return F.dropout(self.c_proj(g), self.residual_dropout, self.training)
 
 
 @fast_path.plain(ln_1=LayerNorm, attn=Attention, ln_2=LayerNorm, mlp=MLP)
@@ -106,7 +109,12 @@ class Block(nn.Module):
     def unadded(self, x, added, attend, seed):
         """(x, added) behind the block of x + added: a sum that the next norm makes in its own pass."""
         normed, x = (self.ln_1(x), x) if added is None else self.ln_1(added, x)
-        normed, x = self.ln_2(self.attn(normed, attend, seed), x)
+        added = self.attn(normed, attend, seed)
+        if fast_path.is_plain(self.ln_2, LayerNorm):
+            normed, x = self.ln_2(added, x)
+        else:
+            x = x + added
+            normed = self.ln_2(x)
         return x, self.mlp(normed)
 
     def weights(self):
@@ -145,11 +153,11 @@ class GPT2(nn.Module):
 
     @property
     def device(self):
-        return self.transformer.wte.weight.device
+        return next(self.parameters()).device
 
     @property
     def dtype(self):
-        return self.transformer.wte.weight.dtype
+        return next(self.parameters()).dtype
 
     def hidden(self, tokens, *, positions=None, cache=None, seed=None, sparse=False):
         """The final hidden states (B, T, C), normalised, of tokens (B, T) int64.
@@ -167,7 +175,8 @@ class GPT2(nn.Module):
             attends = [partial(cache.attend, layer) for layer in range(len(blocks))]
         elif self.training and self.config.attn_pdrop:
             seeds = self._layer_seeds(seed)
-        x = self.transformer.wte(tokens, *([sparse] if sparse else [])) + self.transformer.wpe(positions)
+        wte = self.transformer.wte
+        x = (wte(tokens, sparse=True) if sparse else wte(tokens)) + self.transformer.wpe(positions)
         x = F.dropout(x, self.config.embd_pdrop, self.training)
         if (fast := fast_path.hidden(self, x, attends, seeds)) is not None:
             return fast
@@ -208,10 +217,11 @@ class GPT2(nn.Module):
         """Whether the embedding of tokens (B, T) adds few rows to wte's gradient, to which the head's is there first,
         dense: then a sparse tensor of them is the cheaper one.
         """
-        wte = self.transformer.wte
-        tied = self.lm_head.weight is wte.weight and fast_path.is_plain(wte, Embedding)
+        wte, head = self.transformer.wte, self.lm_head
+        known = fast_path.is_plain(wte, Embedding) and fast_path.is_plain(head, nn.Linear)
+        tied = known and head.weight is wte.weight
         few = tokens.device.type == "cpu" and tokens.numel() < self.config.vocab_size
-        return tied and few and not torch.compiler.is_compiling()
+        return tied and few and not transformed()
 
     def _check_targets(self, tokens, targets):
         if targets.shape != tokens.shape:
@@ -228,6 +238,7 @@ class GPT2(nn.Module):
                 f"GPT2: {tokens.shape[1]} tokens a sequence, but the model has n_positions={self.config.n_positions}"
             )
         if tokens.device.type == "cpu" and tokens.numel() and not torch.compiler.is_compiling():
+            tokens = beneath(tokens)
             low, high = (int(value) for value in torch.aminmax(tokens))
             if low < 0 or high >= self.config.vocab_size:
                 wrong = ((tokens < 0) | (tokens >= self.config.vocab_size)).nonzero()[0].tolist()

@@ -93,9 +93,10 @@ SLICES = {
                    "fastlm/generation/* tests/parity.py tests/test_planted.py", 10),
     "124M": Slice("test_parity.py", "fastlm/gpt2.py fastlm/fast_path.py fastlm/pretrained.py tests/parity.py "
                   "tests/test_parity.py", 50),
-    "package": layer(r"fastlm/((backends|dispatch)/)?\w+\.py",
-                     "fastlm/*.py fastlm/backends/* fastlm/dispatch/* fastlm/cli/*",
-                     "tests/test_dispatch.py tests/test_linear_xent.py tests/test_refusals.py", 20),
+    "package": layer(r"fastlm/((backends|dispatch|ops)/)?\w+\.py",
+                     "fastlm/*.py fastlm/backends/* fastlm/dispatch/* fastlm/ops/* fastlm/cli/*",
+                     "tests/test_dispatch.py tests/test_linear_xent.py tests/test_refusals.py tests/test_functional.py "
+                     "tests/test_adapters.py", 50),
     "generation": layer("fastlm/generation/.*", "fastlm/generation/*",
                         "tests/test_generation.py tests/test_engine.py tests/test_fast_path.py",
                         5),

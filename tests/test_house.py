@@ -16,13 +16,13 @@ from fastlm.dispatch.table import TABLE
 ROOT = Path(__file__).parent.parent
 PACKAGE = sorted((ROOT / "fastlm").rglob("*.py"))
 MODULES = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path for path in PACKAGE}
-OPS = sorted(path.stem for path in (ROOT / "fastlm" / "ops").glob("[a-z]*.py") if path.stem != "checks")
+OPS = sorted(path.stem for path in (ROOT / "fastlm" / "ops").glob("[a-z]*.py") if path.stem not in ("checks", "once"))
 
 # From the ground up: a module imports from its own floor or a lower one. What is not named stands on its folder's.
 FLOORS = [
-    {"config", "kernels", "ops.checks", "backends", "measure", "dispatch.refusal", "dispatch.table"},
+    {"config", "kernels", "ops.checks", "ops.once", "backends", "measure", "dispatch.refusal", "dispatch.table"},
     {"backends.reference", "backends.native"}, {"backends.vendor"}, {"backends.chunked", "backends.composed"},
-    {"dispatch.forcing"}, {"dispatch"}, {"ops"}, {"fast_path", "quantised", "data"},
+    {"dispatch.forcing"}, {"dispatch"}, {"ops"}, {"fast_path", "likeness", "quantised", "data"},
     {"generation", "pretrained"},  # they take a model for what it does, and know no class of it
     {"gpt2"}, {"training"}, {"measure.certificate"}, {"benchmarks"}, {"cli"},
 ]

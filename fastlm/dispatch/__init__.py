@@ -13,6 +13,7 @@ from contextlib import contextmanager
 import torch
 
 from fastlm.backends.machine import devices, machine_why_not
+from fastlm.dispatch import samples
 from fastlm.dispatch.forcing import forced
 from fastlm.dispatch.refusal import Refused
 from fastlm.dispatch.table import TABLE, Row, forget
@@ -34,7 +35,9 @@ def define(schema, *, family, kernels, order, key, limits, fake):
     _library.define(schema)
     _library.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"fastlm::{name}", fake, lib=_library)
-    return getattr(torch.ops.fastlm, name).default
+    op = getattr(torch.ops.fastlm, name).default
+    samples.batch(op, _library)
+    return op
 
 
 def why_not(name, backend, *args):

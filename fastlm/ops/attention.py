@@ -4,7 +4,8 @@ import torch
 
 from fastlm.dispatch import define
 from fastlm.dispatch.table import homes
-from fastlm.ops.checks import check, check_dtype, inner_contiguous, refuse_double_backward
+from fastlm.ops.checks import check, check_dtype, inner_contiguous
+from fastlm.ops.once import Once, gradient
 
 __all__ = ["attention", "attention_qkv"]
 KERNELS = homes("attention", "cuda", "triton", "cpu", "torch", "reference")
@@ -29,7 +30,7 @@ def attention(q, k, v, *, causal=True, scale=None, dropout=0.0, seed=None, retur
     sizes = check("attention", q=(q, "B T H D"), k=(k, "B S H D"), v=(v, "B S H D"))
     check_dtype("attention", (*KERNEL_DTYPES, torch.float64), q=q, k=k, v=v)
     options = _options("attention", q, sizes["D"], causal, scale, dropout, seed)
-    o, lse = _Attention.apply(q, k, v, *options)
+    o, lse = _Attention.run(q, k, v, *options)
     return (o, lse) if return_lse else o
 
 
@@ -38,7 +39,7 @@ def attention_qkv(qkv, *, causal=True, scale=None, dropout=0.0, seed=None, retur
     sizes = check("attention_qkv", qkv=(qkv, "B T 3 H D"))
     check_dtype("attention_qkv", (*KERNEL_DTYPES, torch.float64), qkv=qkv)
     options = _options("attention_qkv", qkv, sizes["D"], causal, scale, dropout, seed)
-    o, lse = _AttentionQKV.apply(qkv, *options)
+    o, lse = _AttentionQKV.run(qkv, *options)
     return (o, lse) if return_lse else o
 
 
@@ -57,7 +58,9 @@ def _options(op, q, D, causal, scale, dropout, seed):
     return CAUSAL[causal], D**-0.5 if scale is None else float(scale), float(dropout), seed if dropout else None
 
 
-class _Attention(torch.autograd.Function):
+class _Attention(Once):
+    op = "attention"
+
     @staticmethod
     def forward(q, k, v, causal, scale, dropout, seed):
         return _fwd(inner_contiguous(q), inner_contiguous(k), inner_contiguous(v), causal, scale, dropout, seed)
@@ -70,14 +73,18 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, do, _):
-        refuse_double_backward("attention")
-        q, k, v, o, lse, seed = ctx.saved_tensors
-        q, k, v = inner_contiguous(q), inner_contiguous(k), inner_contiguous(v)
-        do = inner_contiguous(do)
-        return *_bwd(do, q, k, v, o, lse, ctx.causal, ctx.scale, ctx.dropout, seed), None, None, None, None
+        *saved, seed = ctx.saved_tensors
+        found = gradient("attention", _gradients, do, *saved, ctx.causal, ctx.scale, ctx.dropout, seed)
+        return *found, None, None, None, None
 
 
-class _AttentionQKV(torch.autograd.Function):
+def _gradients(do, q, k, v, *rest):
+    return _bwd(*(inner_contiguous(tensor) for tensor in (do, q, k, v)), *rest)
+
+
+class _AttentionQKV(Once):
+    op = "attention_qkv"
+
     @staticmethod
     def forward(qkv, causal, scale, dropout, seed):
         return _qkv_fwd(inner_contiguous(qkv), causal, scale, dropout, seed)
@@ -90,12 +97,13 @@ class _AttentionQKV(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, do, _):
-        refuse_double_backward("attention_qkv")
-        qkv, o, lse, seed = ctx.saved_tensors
-        dqkv = _qkv_bwd(
-            inner_contiguous(do), inner_contiguous(qkv), o, lse, ctx.causal, ctx.scale, ctx.dropout, seed
-        )
+        *saved, seed = ctx.saved_tensors
+        dqkv = gradient("attention_qkv", _qkv_gradient, do, *saved, ctx.causal, ctx.scale, ctx.dropout, seed)
         return dqkv, None, None, None, None
+
+
+def _qkv_gradient(do, qkv, *rest):
+    return _qkv_bwd(inner_contiguous(do), inner_contiguous(qkv), *rest)
 
 
 def _backward_order(do, *_):

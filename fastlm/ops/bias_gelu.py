@@ -4,7 +4,8 @@ import torch
 
 from fastlm.dispatch import define
 from fastlm.dispatch.table import homes
-from fastlm.ops.checks import check, check_dtype, inner_contiguous, refuse_double_backward
+from fastlm.ops.checks import check, check_dtype, inner_contiguous
+from fastlm.ops.once import Once, gradient
 
 __all__ = ["bias_gelu"]
 KERNELS = homes("bias_gelu", "triton", "cpu", "torch", "reference")
@@ -22,10 +23,12 @@ def bias_gelu(x, bias):
     check("bias_gelu", x=(x, "N C"), bias=(bias, "C"))
     check_dtype("bias_gelu", (*KERNEL_DTYPES, torch.float64), x=x)
     check_dtype("bias_gelu", (x.dtype, torch.float32), bias=bias)
-    return _BiasGelu.apply(x, bias)
+    return _BiasGelu.run(x, bias)
 
 
-class _BiasGelu(torch.autograd.Function):
+class _BiasGelu(Once):
+    op = "bias_gelu"
+
     @staticmethod
     def forward(x, bias):
         return _fwd(inner_contiguous(x), bias)
@@ -36,9 +39,11 @@ class _BiasGelu(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy):
-        refuse_double_backward("bias_gelu")
-        x, bias = ctx.saved_tensors
-        return _bwd(inner_contiguous(dy), inner_contiguous(x), bias)
+        return gradient("bias_gelu", _gradients, dy, *ctx.saved_tensors)
+
+
+def _gradients(dy, x, bias):
+    return _bwd(inner_contiguous(dy), inner_contiguous(x), bias)
 
 
 def _limits(backend, x, *_):

@@ -55,7 +55,8 @@ def check_inner_contiguous(op, **tensors):
             raise ValueError(f"{op}: {name} has strides {tensor.stride()}, wanted 1 for its last dimension")
 
 
-def refuse_double_backward(op):
-    """Raises where a gradient of the gradient is asked for: the kernels would leave it out without a word."""
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        raise RuntimeError(f"{op} is differentiable once: its backward was called with create_graph=True")
+def beneath(tensor):
+    """The tensor whose values one that torch.func wraps stands for: of vmap, all samples', in one."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return tensor

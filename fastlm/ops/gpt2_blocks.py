@@ -3,7 +3,8 @@
 import torch
 
 from fastlm.dispatch import define
-from fastlm.ops.checks import check, check_dtype, refuse_double_backward
+from fastlm.ops.checks import check, check_dtype
+from fastlm.ops.once import Bare, Once, gradient, refuse_double_backward
 
 __all__ = ["BLOCK_WEIGHTS", "gpt2_blocks"]
 KERNELS = {
@@ -42,7 +43,7 @@ def gpt2_blocks(x, weights, *, heads, epsilon=1e-5):
             raise TypeError(f"gpt2_blocks: {name} is {tensor.dtype}, but x is {x.dtype}")
     if heads < 1 or x.shape[-1] % heads:
         raise ValueError(f"gpt2_blocks: heads is {heads}, which does not divide C={x.shape[-1]}")
-    return _Gpt2Blocks.apply(x, heads, epsilon, *weights)
+    return _Gpt2Blocks.run(x, heads, epsilon, *weights)[0]
 
 
 def _check_block(x, block, weights, first):
@@ -55,23 +56,48 @@ def _check_block(x, block, weights, first):
         raise ValueError(f"gpt2_blocks: block {block} has F={sizes['F']}, but block 0 has F={first[8].shape[1]}")
 
 
-class _Gpt2Blocks(torch.autograd.Function):
+class _Bare(Bare):
+    op = "gpt2_blocks"
+
     @staticmethod
-    def forward(ctx, x, heads, epsilon, *weights):  # with a setup_context, torch would inspect signatures at every call
+    def forward(ctx, x, heads, epsilon, *weights):
         x, weights = x.contiguous(), [weight.contiguous() for weight in weights]
         y, *saved = _fwd(x, weights, heads, epsilon)
         ctx.heads = heads
         ctx.save_for_backward(x, *saved, *weights)
-        return y
+        return (y,)
 
     @staticmethod
     def backward(ctx, dy):
         refuse_double_backward("gpt2_blocks")
-        x, *saved = ctx.saved_tensors
-        saved, weights = saved[:10], saved[10:]
-        dx, flat = _bwd(dy.contiguous(), x, saved, weights, ctx.heads)
-        pieces = flat.split([weight.numel() for weight in weights])
-        return dx, None, None, *(piece.view(weight.shape) for piece, weight in zip(pieces, weights))
+        dx, *others = _gradients(ctx.heads, dy, *ctx.saved_tensors)
+        return dx, None, None, *others
+
+
+class _Gpt2Blocks(Once):
+    op, bare = "gpt2_blocks", _Bare
+
+    @staticmethod
+    def forward(x, heads, epsilon, *weights):
+        return _fwd(x.contiguous(), [weight.contiguous() for weight in weights], heads, epsilon)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, ctx.heads, _, *weights = inputs
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.save_for_backward(x, *output[1:], *weights)
+
+    @staticmethod
+    def backward(ctx, dy, *_):
+        dx, *others = gradient("gpt2_blocks", _gradients, ctx.heads, dy, *ctx.saved_tensors)
+        return dx, None, None, *others
+
+
+def _gradients(heads, dy, x, *rest):
+    saved, weights = rest[:10], [weight.contiguous() for weight in rest[10:]]
+    dx, flat = _bwd(dy.contiguous(), x.contiguous(), saved, weights, heads)
+    pieces = flat.split([weight.numel() for weight in weights])
+    return dx, *(piece.view(weight.shape) for piece, weight in zip(pieces, weights))
 
 
 def _limits(backend, x, *_):

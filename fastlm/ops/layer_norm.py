@@ -4,7 +4,8 @@ import torch
 
 from fastlm.dispatch import define
 from fastlm.dispatch.table import homes
-from fastlm.ops.checks import check, check_dtype, inner_contiguous, refuse_double_backward
+from fastlm.ops.checks import check, check_dtype, inner_contiguous
+from fastlm.ops.once import Once, gradient
 
 __all__ = ["layer_norm"]
 KERNELS = homes("layer_norm", "triton", "cpu", "torch", "reference")
@@ -32,11 +33,13 @@ def layer_norm(x, weight, bias, *, residual=None, epsilon=1e-5, dtype=None):
     if dtype not in (x.dtype, s_dtype, *KERNEL_DTYPES):
         raise TypeError(f"layer_norm: dtype is {dtype}, wanted float32, bfloat16 or float16")
     if residual is None:
-        return _LayerNorm.apply(x, weight, bias, epsilon, dtype)[0]
-    return _AddLayerNorm.apply(x, residual, weight, bias, epsilon, dtype)[:2]
+        return _LayerNorm.run(x, weight, bias, epsilon, dtype)[0]
+    return _AddLayerNorm.run(x, residual, weight, bias, epsilon, dtype)[:2]
 
 
-class _LayerNorm(torch.autograd.Function):
+class _LayerNorm(Once):
+    op = "layer_norm"
+
     @staticmethod
     def forward(x, weight, bias, epsilon, dtype):
         y, _, mean, rstd = _fwd(inner_contiguous(x), None, weight, bias, epsilon, dtype)
@@ -50,13 +53,14 @@ class _LayerNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy, *_):
-        refuse_double_backward("layer_norm")
-        x, weight, mean, rstd = ctx.saved_tensors
-        dx, _, dweight, dbias = _bwd(inner_contiguous(dy), None, inner_contiguous(x), weight, mean, rstd, x.dtype)
+        x, *saved = ctx.saved_tensors
+        dx, _, dweight, dbias = gradient("layer_norm", _gradients, dy, None, x, *saved, x.dtype)
         return dx, dweight, dbias, None, None
 
 
-class _AddLayerNorm(torch.autograd.Function):
+class _AddLayerNorm(Once):
+    op = "layer_norm"
+
     @staticmethod
     def forward(x, residual, weight, bias, epsilon, dtype):
         return _fwd(inner_contiguous(x), inner_contiguous(residual), weight, bias, epsilon, dtype)
@@ -71,13 +75,16 @@ class _AddLayerNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy, ds, *_):
-        refuse_double_backward("layer_norm")
         weight, s, mean, rstd = ctx.saved_tensors
         if dy is None:  # what was normalised was not used
             return None if ds is None else ds.to(ctx.dtype), ds, None, None, None, None
-        ds = None if ds is None else inner_contiguous(ds)
-        dx, dresidual, dweight, dbias = _bwd(inner_contiguous(dy), ds, s, weight, mean, rstd, ctx.dtype)
-        return dx, dx if ctx.dtype == s.dtype else dresidual, dweight, dbias, None, None
+        dx, dresidual, *others = gradient("layer_norm", _gradients, dy, ds, s, weight, mean, rstd, ctx.dtype)
+        return dx, dx if ctx.dtype == s.dtype else dresidual, *others, None, None
+
+
+def _gradients(dy, ds, s, *rest):
+    ds = None if ds is None else inner_contiguous(ds)
+    return _bwd(inner_contiguous(dy), ds, inner_contiguous(s), *rest)
 
 
 def _limits(backend, *args):

@@ -3,7 +3,8 @@
 import torch
 
 from fastlm.dispatch import define
-from fastlm.ops.checks import check, check_dtype, refuse_double_backward
+from fastlm.ops.checks import check, check_dtype
+from fastlm.ops.once import Bare, Once, gradient, refuse_double_backward
 from fastlm.ops.softmax_xent import check_labels
 
 __all__ = ["linear_xent"]
@@ -38,14 +39,16 @@ def linear_xent(h, w, y, *, ignore=-100, reduction="mean"):
     check_labels("linear_xent", y, w.shape[0], ignore)
     h, w, y = h.contiguous(), w.contiguous(), y.contiguous()
     if reduction == "none" or not (torch.is_grad_enabled() and (h.requires_grad or w.requires_grad)):
-        loss, _ = _LinearXent.apply(h, w, y, ignore)
+        loss, _ = _LinearXent.run(h, w, y, ignore)
         if reduction == "none":
             return loss
         return loss.sum() if reduction == "sum" else loss.sum() / (y != ignore).sum()
-    return _LinearXentGrad.apply(h, w, y, ignore, reduction == "mean")
+    return _LinearXentGrad.run(h, w, y, ignore, reduction == "mean")[0]
 
 
-class _LinearXent(torch.autograd.Function):
+class _LinearXent(Once):
+    op = "linear_xent"
+
     @staticmethod
     def forward(h, w, y, ignore):
         return _fwd(h, w, y, ignore)
@@ -58,16 +61,21 @@ class _LinearXent(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dloss, _):
-        refuse_double_backward("linear_xent")
-        return (*_bwd(dloss.contiguous(), *ctx.saved_tensors, ctx.ignore), None, None)
+        return *gradient("linear_xent", _gradients, dloss, *ctx.saved_tensors, ctx.ignore), None, None
 
 
-class _LinearXentGrad(torch.autograd.Function):
+def _gradients(dloss, h, *rest):
+    return _bwd(dloss.contiguous(), h.contiguous(), *rest)
+
+
+class _Bare(Bare):
+    op = "linear_xent"
+
     @staticmethod
-    def forward(ctx, h, w, y, ignore, mean):  # with a setup_context, torch would inspect signatures at every call
+    def forward(ctx, h, w, y, ignore, mean):
         loss, dh, dw = _grad(h, w, y, ignore, mean)
         ctx.save_for_backward(dh, dw)
-        return loss
+        return (loss,)
 
     @staticmethod
     def backward(ctx, dloss):
@@ -76,6 +84,27 @@ class _LinearXentGrad(torch.autograd.Function):
         if not torch.compiler.is_compiling() and dloss.device.type == "cpu" and float(dloss) == 1.0:
             return dh, dw, None, None, None  # as they are: a copy of w's gradient costs as much as AdamW's read of it
         return dh * dloss, dw * dloss, None, None, None
+
+
+class _LinearXentGrad(Once):
+    op, bare = "linear_xent", _Bare
+
+    @staticmethod
+    def forward(h, w, y, ignore, mean):
+        return _grad(h, w, y, ignore, mean)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.save_for_backward(*inputs[:2], *output[1:])
+
+    @staticmethod
+    def backward(ctx, dloss, *_):
+        return *gradient("linear_xent", _scaled, dloss, *ctx.saved_tensors), None, None, None
+
+
+def _scaled(dloss, h, w, dh, dw):
+    return dh * dloss, dw * dloss
 
 
 def _limits(backend, h, *_):

@@ -7,7 +7,8 @@ import torch
 
 from fastlm.dispatch import define
 from fastlm.dispatch.table import homes
-from fastlm.ops.checks import check, check_dtype, inner_contiguous, refuse_double_backward
+from fastlm.ops.checks import beneath, check, check_dtype, inner_contiguous
+from fastlm.ops.once import Bare, Once, gradient, refuse_double_backward, transformed
 
 __all__ = ["softmax_xent"]
 KERNELS = homes("softmax_xent", "cuda", "triton", "cpu", "torch", "reference")
@@ -35,13 +36,13 @@ def softmax_xent(x, y, *, ignore=-100, reduction="mean", overwrite=False):
     if overwrite and reduction == "none":
         raise ValueError("softmax_xent: overwrite=True needs reduction 'mean' or 'sum', got 'none'")
     check_labels("softmax_xent", y, x.shape[1], ignore)
-    if overwrite and x.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+    if overwrite and x.requires_grad and torch.is_grad_enabled() and not transformed():
         if x.is_leaf:
             raise ValueError("softmax_xent: overwrite=True, but x is a leaf, whose values would be lost")
         if inner_contiguous(x) is not x:
             raise ValueError(f"softmax_xent: overwrite=True needs stride 1 along V, got strides {x.stride()}")
         return _Overwriting.apply(x, y.contiguous(), ignore, reduction == "mean")
-    loss, _ = _SoftmaxXent.apply(x, y, ignore)
+    loss, _ = _SoftmaxXent.run(x, y, ignore)
     if reduction == "none":
         return loss
     total = loss.sum()
@@ -54,19 +55,22 @@ def check_labels(op, y, vocab, ignore):
         return
     if not y.numel():
         return
+    y = beneath(y)
     low, high = torch.aminmax(y)  # one reading of y, where nothing is wrong
     if int(low) >= 0 and int(high) < vocab:
         return
     wrong = ((y < 0) | (y >= vocab)) & (y != ignore)
     if wrong.any():
-        n = int(wrong.nonzero()[0])
+        at = wrong.nonzero()[0].tolist()
         raise ValueError(
-            f"{op}: label {int(y[n])} at [{n}], wanted 0 ≤ label < {vocab} or ignore={ignore}; "
+            f"{op}: label {int(y[tuple(at)])} at {at}, wanted 0 ≤ label < {vocab} or ignore={ignore}; "
             "were the labels made with another vocabulary?"
         )
 
 
-class _SoftmaxXent(torch.autograd.Function):
+class _SoftmaxXent(Once):
+    op = "softmax_xent"
+
     @staticmethod
     def forward(x, y, ignore):
         return _fwd(inner_contiguous(x), y.contiguous(), ignore)
@@ -79,13 +83,17 @@ class _SoftmaxXent(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dloss, _):
-        refuse_double_backward("softmax_xent")
-        x, y, lse = ctx.saved_tensors
-        return _bwd(dloss.contiguous(), inner_contiguous(x), y.contiguous(), lse, ctx.ignore), None, None
+        return gradient("softmax_xent", _gradient, dloss, *ctx.saved_tensors, ctx.ignore), None, None
 
 
-class _Overwriting(torch.autograd.Function):
+def _gradient(dloss, x, y, *rest):
+    return _bwd(dloss.contiguous(), inner_contiguous(x), y.contiguous(), *rest)
+
+
+class _Overwriting(Bare):
     """The summed or mean loss; x holds its gradient from then on."""
+
+    op = "softmax_xent"
 
     @staticmethod
     def forward(ctx, x, y, ignore, mean):
