@@ -112,11 +112,11 @@ def _ours(hook):
 _told = set()
 
 
-def tell(model, path=""):
-    """Warns, once for every sentence, why the modules of a model that is not plain, or does not fit, are called."""
+def tell(model, path="", unfit=lambda model: sizes(model)[1]):
+    """Warns, once for every sentence, why the modules of a model that is not plain, or is unfit, are called."""
     if torch.compiler.is_compiling() or ((odd := _odd_of(model, path)) is not None and odd[2]):
         return
-    sentence = why_not(model, path) or sizes(model)[1]
+    sentence = why_not(model, path) or unfit(model)
     if sentence is not None and sentence not in _told:
         _told.add(sentence)
         warnings.warn(f"fastlm: {sentence}; the model's own modules run, which takes longer", stacklevel=4)

@@ -145,11 +145,16 @@ class GPT2(nn.Module):
 
     @property
     def device(self):
-        return self.transformer.wte.weight.device
+        return self._first_weight().device
 
     @property
     def dtype(self):
-        return self.transformer.wte.weight.dtype
+        return self._first_weight().dtype
+
+    def _first_weight(self):
+        """wte's, or of what stands in its place."""
+        wte = self.transformer.wte
+        return wte.weight if isinstance(wte, nn.Embedding) else next(wte.parameters())
 
     def hidden(self, tokens, *, positions=None, cache=None, seed=None, sparse=False):
         """The final hidden states (B, T, C), normalised, of tokens (B, T) int64.
@@ -209,7 +214,8 @@ class GPT2(nn.Module):
         dense: then a sparse tensor of them is the cheaper one.
         """
         wte = self.transformer.wte
-        tied = self.lm_head.weight is wte.weight and fast_path.is_plain(wte, Embedding)
+        plain = fast_path.is_plain(wte, Embedding) and fast_path.is_plain(self.lm_head, nn.Linear)
+        tied = plain and self.lm_head.weight is wte.weight
         few = tokens.device.type == "cpu" and tokens.numel() < self.config.vocab_size
         return tied and few and not torch.compiler.is_compiling()
 
@@ -247,7 +253,9 @@ class GPT2(nn.Module):
 
         These then run as they are: a forward of somebody's own, hooks, sizes that do not fit each other.
         """
-        return fast_path.why_not(self) or fast_path.sizes(self)[1]
+        from fastlm.generation.engine import unfit
+
+        return fast_path.why_not(self) or unfit(self)
 
     @classmethod
     def from_pretrained(cls, name, *, device=None, dtype=torch.float32):
