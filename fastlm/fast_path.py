@@ -21,7 +21,7 @@ from fastlm.ops import BLOCK_WEIGHTS, gpt2_blocks
 AT_ONCE = 2**22  # weights of the blocks that one call of gpt2_blocks takes: their gradients exist together
 PARTS = "layer_norm", "attention", "bias_gelu"  # the ops that whole blocks stand for
 HOOKS = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"  # of a module
-CALLS = "__call__", "_call_impl", "forward", "unadded", "hidden"  # what a fast path stands for, of a class that has it
+CALLS = "__call__", "forward", "unadded", "hidden"  # what a fast path stands for, of a class that has it
 
 
 class _Plain(NamedTuple):
@@ -35,7 +35,7 @@ _PLAIN = {}  # the classes whose forward, as it is written, the fast paths repro
 def plain(**parts):
     """A decorator for such a class; parts name the modules that it is made of, and their classes."""
     def declare(kind):
-        _PLAIN[kind] = _Plain({name: getattr(kind, name, None) for name in CALLS}, parts)
+        _PLAIN[kind] = _Plain({name: getattr(kind, name) for name in CALLS if hasattr(kind, name)}, parts)
         return kind
 
     return declare
@@ -99,7 +99,10 @@ def _hooked_all():
 
 
 def _patched(kind):
-    return any(getattr(kind, name, None) is not call for name, call in _PLAIN[kind].calls.items())
+    for name, call in _PLAIN[kind].calls.items():
+        if getattr(kind, name) is not call:
+            return True
+    return False
 
 
 def _ours(hook):
@@ -109,11 +112,11 @@ def _ours(hook):
 _told = set()
 
 
-def tell(model, path=""):
-    """Warns, once for every sentence, why the modules of a model that is not plain, or does not fit, are called."""
+def tell(model, path="", unfit=lambda model: sizes(model)[1]):
+    """Warns, once for every sentence, why the modules of a model that is not plain, or is unfit, are called."""
     if torch.compiler.is_compiling() or ((odd := _odd_of(model, path)) is not None and odd[2]):
         return
-    sentence = why_not(model, path) or sizes(model)[1]
+    sentence = why_not(model, path) or unfit(model)
     if sentence is not None and sentence not in _told:
         _told.add(sentence)
         warnings.warn(f"fastlm: {sentence}; the model's own modules run, which takes longer", stacklevel=4)
@@ -132,8 +135,8 @@ class Sizes(NamedTuple):
 
 def sizes(model):
     """(Sizes, None) of a model's plain blocks, or (None, the sentence which of them does not fit the others)."""
-    blocks = model.transformer.h
-    if not len(blocks):
+    blocks = list(model.transformer.h)
+    if not blocks:
         return None, "transformer.h has no blocks"
     weights = [block.weights() for block in blocks]
     norm, inner = weights[0][0], weights[0][8]
@@ -142,16 +145,17 @@ def sizes(model):
     by_letter = {"C": len(norm), "3C": 3 * len(norm), "F": inner.shape[1]}
     wanted = [tuple(by_letter[letter] for letter in shape.split()) for shape in BLOCK_WEIGHTS.values()]
     heads, epsilon = blocks[0].attn.n_head, blocks[0].ln_1.eps
+    dtype, device = norm.dtype, norm.device
     for layer, (block, own) in enumerate(zip(blocks, weights)):
         for name, weight, shape in zip(BLOCK_WEIGHTS, own, wanted):
-            if weight is None or weight.shape != shape or weight.dtype != norm.dtype or weight.device != norm.device:
+            if weight is None or weight.shape != shape or weight.dtype != dtype or weight.device != device:
                 told = "missing" if weight is None else f"{tuple(weight.shape)} {weight.dtype} on {weight.device}"
-                return None, f"transformer.h.{layer}.{name} is {told}, wanted {shape} {norm.dtype} on {norm.device}"
+                return None, f"transformer.h.{layer}.{name} is {told}, wanted {shape} {dtype} on {device}"
         if block.attn.n_head != heads or (block.ln_1.eps, block.ln_2.eps) != (epsilon, epsilon):
             return None, f"transformer.h.{layer} has another number of heads, or epsilon, than transformer.h.0"
     if not isinstance(heads, int) or heads < 1 or len(norm) % heads:
         return None, f"transformer.h.0.attn.n_head is {heads}, which does not divide {len(norm)}"
-    return Sizes(len(norm), heads, inner.shape[1], epsilon, norm.dtype, weights), None
+    return Sizes(len(norm), heads, inner.shape[1], epsilon, dtype, weights), None
 
 
 def hidden(model, x, attends, seeds):

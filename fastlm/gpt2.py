@@ -153,11 +153,16 @@ class GPT2(nn.Module):
 
     @property
     def device(self):
-        return next(self.parameters()).device
+        return self._first_weight().device
 
     @property
     def dtype(self):
-        return next(self.parameters()).dtype
+        return self._first_weight().dtype
+
+    def _first_weight(self):
+        """wte's, or of what stands in its place."""
+        wte = self.transformer.wte
+        return wte.weight if isinstance(wte, nn.Embedding) else next(wte.parameters())
 
     def hidden(self, tokens, *, positions=None, cache=None, seed=None, sparse=False):
         """The final hidden states (B, T, C), normalised, of tokens (B, T) int64.
@@ -258,7 +263,9 @@ class GPT2(nn.Module):
 
         These then run as they are: a forward of somebody's own, hooks, sizes that do not fit each other.
         """
-        return fast_path.why_not(self) or fast_path.sizes(self)[1]
+        from fastlm.generation.engine import unfit
+
+        return fast_path.why_not(self) or unfit(self)
 
     @classmethod
     def from_pretrained(cls, name, *, device=None, dtype=torch.float32):

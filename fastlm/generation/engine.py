@@ -39,10 +39,10 @@ def why_not(model):
         return f"the backend {backend} is forced: the model's own ops run"
     if model.dtype not in KINDS:
         return f"the engine takes float32 and bfloat16, the model is {model.dtype}"
-    return fast_path.why_not(model) or _unfit(model)
+    return fast_path.why_not(model) or unfit(model)
 
 
-def _unfit(model):
+def unfit(model):
     """None where the parameters of a plain model are as the engine's kernels read them, else a sentence."""
     fit, told = fast_path.sizes(model)
     if told is not None:

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from fastlm import fast_path
 from fastlm.dispatch.forcing import forced
-from fastlm.generation.engine import Engine, make_cache, packed, why_not
+from fastlm.generation.engine import Engine, make_cache, packed, unfit, why_not
 from fastlm.generation.inference import inference
 from fastlm.generation.sampling import Sampler, check_sampling, uniforms
 from fastlm.generation.step import ENDED, EngineStep, Step
@@ -87,7 +87,7 @@ def _run(model, prompts, room, n, sampler, seed, stop, first):
     capacity = max(len(prompt) + count for prompt, count in zip(prompts, room))
     fast = why_not(model) is None
     if not fast:
-        fast_path.tell(model)
+        fast_path.tell(model, unfit=unfit)
     with inference(model):
         weights = packed(model, max(left)) if fast else None
         cache = make_cache(model, weights, len(prompts), capacity)
