@@ -98,13 +98,12 @@ SLICES = {
                      "tests/test_dispatch.py tests/test_linear_xent.py tests/test_refusals.py tests/test_functional.py "
                      "tests/test_adapters.py", 50),
     "generation": layer("fastlm/generation/.*", "fastlm/generation/*",
-                        "tests/test_generation.py tests/test_engine.py tests/test_fast_path.py",
-                        5),
+                        "tests/test_generation*.py tests/test_engine.py tests/test_fast_path.py", 10),
     "measure": layer("fastlm/measure/.*", "fastlm/measure/* fastlm/measure/tables/*",
                      "tests/test_measure.py tests/test_tune.py tests/test_certificate.py tests/test_refusals.py", 10),
     "benchmarks": layer("benchmarks/.*", "benchmarks/*.py", "tests/test_bench.py", 25),
     "training": layer("fastlm/(training|data)/.*", "fastlm/training/* fastlm/data/*",
-                      "tests/test_training*.py tests/test_data_loader.py tests/runs.py", 15),
+                      "tests/test_training*.py tests/test_data_loader.py tests/test_tokenizer.py tests/runs.py", 25),
     "killed": Slice("test_training_checkpoint.py", "fastlm/training/* tests/test_training_checkpoint.py tests/runs.py",
                     30),
     "damaged files": Slice("test_(tokenizer|data_shards|data_prepare).py", "fastlm/data/* tests/mutations.py "

@@ -171,6 +171,7 @@ def test_a_checkpoint_brings_its_tokenizer_and_its_sizes(tmp_path, text, base):
     assert trainer.run()
     settings = TrainConfig.load(tmp_path / "run" / "train.json")
     assert (settings.n_layer, settings.n_head, settings.n_embd, settings.dropout) == (1, 4, 32, 0.1)
+    assert settings.tokenizer == str(base) and settings.vocab_size is None
     preset = {"tokenizer": "bpe", "vocab_size": 512, "n_layer": 4}  # what a preset says yields
     trainer = Trainer(from_base(base, text, tmp_path / "other", **preset), asked={"data", "out", "init_from"})
     assert trainer.tokenizer.kind == "chars" and trainer.config.n_layer == 1

@@ -32,13 +32,17 @@ def prepare(
     from fastlm.data.prepare import prepare
 
     columns = TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn()
+    learned = (1 - val_fraction) / (2 - val_fraction) if tokenizer == "bpe" else 0  # of all, when a vocabulary is
+
+    def show_progress(done, total):
+        what = "learning a vocabulary" if done <= learned * total + 1 else "tokenising"
+        bar.update(task, description=what, completed=done, total=total)
+
     with Progress(*columns, transient=True) as bar:
         task = bar.add_task("reading", total=None)
         manifest = prepare(
             paths, out, tokenizer=tokenizer, vocab_size=vocab_size, val_fraction=val_fraction,
-            overwrite=overwrite, progress=lambda done, total: bar.update(
-                task, description="tokenising", completed=done, total=total,
-            ),
+            overwrite=overwrite, progress=show_progress,
         )
     show(manifest, out)
 

@@ -117,7 +117,7 @@ def _make_data(given, made, config, asked, base, tell):
     """OUT/data and its Tokenizer, made of the text `given` unless it was made so before."""
     tokenizer = config.tokenizer
     if base is not None and "tokenizer" not in asked:
-        tokenizer = base
+        tokenizer = str(find(config.init_from))  # as the manifest and train.json name it
     vocab_size = config.vocab_size if tokenizer == "bpe" or "vocab_size" in asked else None
     settings = {"tokenizer": tokenizer, "vocab_size": vocab_size, "val_fraction": config.val_fraction}
     again = (made / MANIFEST).is_file()
@@ -215,6 +215,8 @@ def settled(config, model, directory):
         manifest = load_manifest(directory)
         changes |= {name: manifest[name] for name, kind in (("tokenizer", str), ("val_fraction", (int, float)))
                     if isinstance(manifest.get(name), kind)}
+    if changes.get("tokenizer", config.tokenizer) != "bpe":
+        changes["vocab_size"] = None  # a preset's, of a vocabulary that was not made
     return TrainConfig(**{**config.model_dump(), **changes})
 
 
