@@ -131,7 +131,7 @@ LAYERS = {
     "a hook is passed over": ("fastlm/fast_path.py", "if why_not(model, blocks) is not None:", "if False:",
                               "test_gpt2_blocks.py"),
     "another sample's operand": ("fastlm/dispatch/samples.py", "leaf.movedim(dim, 0)", "leaf", "test_functional.py"),
-    "a gradient's gradient left out": ("fastlm/ops/once.py", "return _Gradient.apply(op, run, "
+    "a gradient's gradient left out": ("fastlm/ops/once.py", "return _Refusing.apply(told, run, "
                                        "*unwrap_dead_wrappers(operands))", "return run(*operands)",
                                        "test_functional.py"),
     "a replaced layer's bias twice": ("fastlm/gpt2.py", "if fast_path.why_not(self, [self.c_fc]) is None:",
