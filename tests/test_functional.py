@@ -180,6 +180,10 @@ def test_ops_without_a_gradient():
     decode = functools.partial(fastlm.decode_attention, k_pages=pages, v_pages=pages, block_table=table,
                                lengths=lengths)
     same(vmap(decode)(q), [decode(one) for one in q])
+    for gradient in (lambda: grad(lambda q: decode(q).sum())(q[0]), lambda: jvp(decode, (q[0],), (q[0],)),
+                     lambda: decode(q[0].clone().requires_grad_()).sum().backward()):
+        with pytest.raises(RuntimeError, match="decode_attention is not differentiable: attention is"):
+            gradient()
     rows = q.flatten(1)
     same(vmap(fastlm.grad_norm)(rows), [fastlm.grad_norm(row) for row in rows])
     with pytest.raises(RuntimeError, match="torch.vmap cannot batch adamw_, which writes in place"):

@@ -148,7 +148,7 @@ LAYERS = {
     "dropout in generation": ("fastlm/generation/inference.py", "if function in _MODES:", "if False:",
                               "test_fast_path.py"),
     "another sample's operand": ("fastlm/dispatch/samples.py", "leaf.movedim(dim, 0)", "leaf", "test_functional.py"),
-    "a gradient's gradient left out": ("fastlm/ops/once.py", "return _Gradient.apply(op, run, "
+    "a gradient's gradient left out": ("fastlm/ops/once.py", "return _Refusing.apply(told, run, "
                                        "*unwrap_dead_wrappers(operands))", "return run(*operands)",
                                        "test_functional.py"),
     "a replaced layer's bias twice": ("fastlm/gpt2.py", "if fast_path.is_plain(self.c_fc, Conv1D):",

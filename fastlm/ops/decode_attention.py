@@ -6,6 +6,7 @@ from fastlm.dispatch import define
 from fastlm.dispatch.table import homes
 from fastlm.ops.cache_append import paged
 from fastlm.ops.checks import check, check_dtype, check_inner_contiguous, inner_contiguous
+from fastlm.ops.once import without_gradient
 
 __all__ = ["decode_attention"]
 KERNELS = homes("decode_attention", "cuda", "triton", "cpu", "torch", "reference")
@@ -34,8 +35,9 @@ def decode_attention(q, k_pages, v_pages, block_table, lengths, *, scale=None):
     if lengths.device.type == "cpu" and not torch.compiler.is_compiling():
         check_pages("decode_attention", block_table, lengths, sizes["P"], sizes["page"])
     scale = sizes["D"] ** -0.5 if scale is None else float(scale)
-    return _decode(
-        inner_contiguous(q), k_pages, v_pages, inner_contiguous(block_table), lengths.contiguous(), scale
+    return without_gradient(
+        "decode_attention is not differentiable: attention is", _decode,
+        inner_contiguous(q), k_pages, v_pages, inner_contiguous(block_table), lengths.contiguous(), scale,
     )
 
 

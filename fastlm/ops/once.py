@@ -68,28 +68,37 @@ def gradient(op, run, *operands):
     torch.func asks for a graph of them always, in case that they are differentiated in turn: then this one refuses.
     """
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        return _Gradient.apply(op, run, *unwrap_dead_wrappers(operands))
+        told = f"{op} is differentiable once: the gradient of its gradient was asked for"
+        return _Refusing.apply(told, run, *unwrap_dead_wrappers(operands))
     return run(*operands)
 
 
-class _Gradient(torch.autograd.Function):
+def without_gradient(told, run, *operands):
+    """run(*operands), which says `told` where its gradient is asked for: torch would make it zero."""
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return run(*operands)
+    if torch._C._are_functorch_transforms_active() or any(
+            isinstance(x, torch.Tensor) and x.requires_grad for x in operands):
+        return _Refusing.apply(told, run, *operands)
+    return run(*operands)
+
+
+class _Refusing(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(op, run, *operands):
+    def forward(told, run, *operands):
         return run(*operands)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        ctx.op = inputs[0]
+        ctx.told = inputs[0]
 
     @staticmethod
     def backward(ctx, *_):
-        raise RuntimeError(f"{ctx.op} is differentiable once: the gradient of its gradient was asked for")
+        raise RuntimeError(ctx.told)
 
-    @staticmethod
-    def jvp(ctx, *_):
-        raise RuntimeError(_forward_mode(ctx.op))
+    jvp = backward
 
 
 def _forward_mode(op):
