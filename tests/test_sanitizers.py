@@ -11,12 +11,13 @@ import compiled
 import pytest
 from compiled import ROOT
 
+from fastlm.ops import FAMILIES
+
 pytestmark = pytest.mark.slow
 HERE = Path(__file__).parent
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer"]
 ISAS = compiled.table().ladder(platform.machine())  # {instruction set: flags}
-OPS = sorted(path.stem for path in (ROOT / "fastlm" / "ops").glob("[a-z]*.py") if path.stem != "checks")
-TESTS = (*OPS, "engine")
+TESTS = (*FAMILIES, "engine")
 OVERREAD = """
 import sanitized, sys, torch
 from fastlm.backends import native
