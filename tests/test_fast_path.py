@@ -435,12 +435,22 @@ def test_torchs_default_dtype_changes_nothing(dtype, path):
     assert got == wanted and all(torch.equal(*pair) for pair in zip(gradients, others))
 
 
-def test_torchs_default_device_changes_nothing():
+@pytest.mark.parametrize("seed", [3, None])
+@pytest.mark.parametrize("size", [None, 1])
+@pytest.mark.parametrize("path", ["engine", "step"])
+def test_torchs_default_device_changes_nothing(path, size, seed):
     model = make()
-    wanted = [row.tolist() for row in model.generate([[1, 2, 3], [4]], max_new_tokens=9, seed=3, stop_at=None)]
+
+    def results():
+        torch.manual_seed(5)
+        with fastlm.use(decode_attention="torch") if path == "step" else fastlm.use():
+            return [row.tolist() for row in model.generate([[1, 2, 3], [4]], max_new_tokens=9, seed=seed, stop_at=None,
+                                                           batch_size=size)]
+
+    wanted = results()
     torch.set_default_device("meta")
     try:
-        got = [row.tolist() for row in model.generate([[1, 2, 3], [4]], max_new_tokens=9, seed=3, stop_at=None)]
+        got = results()
     finally:
         torch.set_default_device(None)
     assert got == wanted

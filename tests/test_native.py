@@ -5,8 +5,9 @@ import struct
 import pytest
 import torch
 
-from fastlm import dispatch
+from fastlm import dispatch, quantised
 from fastlm.backends import native
+from fastlm.generation import derived, engine
 
 if (reason := dispatch.machine_why_not("cpu")) is not None:
     pytest.skip(reason, allow_module_level=True)
@@ -52,6 +53,11 @@ def test_what_does_not_fit_is_an_error_by_name(changes, told):
 def test_bytes_of_another_size_are_refused(size):
     with pytest.raises(ValueError, match=f"{OP}: its fields come in {size} bytes, wanted 68"):
         native.cpu._ops[OP].run(bytes(size), threads=1)
+
+
+def test_numbers_that_python_repeats_are_those_of_the_header():
+    found = native._C.cpu
+    assert (found.kPanel, found.kWeightGroup, found.kChecksums) == (engine.PANEL, quantised.GROUP, derived.APART[0])
 
 
 def test_every_struct_fits():

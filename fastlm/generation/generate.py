@@ -37,7 +37,7 @@ def generate_batches(model, tokens, *, batch_size=None, **options):
     if size < len(prompts):
         check_sampling(*(options.get(name, usual) for name, usual in SAMPLING.items()))
         _room(model, prompts, options.get("max_new_tokens"), options.get("max_length"))  # of all, before the first
-        options["seed"] = int(torch.randint(2**62, ())) if options.get("seed") is None else options["seed"]
+        options["seed"] = _seed(options.get("seed"))
     for first in range(0, len(prompts), size):
         yield _batch(model, prompts[first : first + size], n, {**options, "first_prompt": first})
 
@@ -77,9 +77,8 @@ def stream_tokens(
     if stop is not None and not (isinstance(stop, Integral) and 0 <= stop < V):
         raise ValueError(f"stop_at is {stop!r}, wanted a token id below vocab_size {V}, or None to go on")
     forced("decode_attention")  # a backend of FASTLM_BACKEND that this machine lacks says so now
-    seed = int(torch.randint(2**62, (), device="cpu")) if seed is None else int(seed)
     sampler = Sampler(vocab_size, temperature, top_k, top_p)
-    return _run(model, prompts, room, n, sampler, seed, stop, first_prompt)
+    return _run(model, prompts, room, n, sampler, _seed(seed), stop, first_prompt)
 
 
 def _run(model, prompts, room, n, sampler, seed, stop, first):
@@ -123,6 +122,10 @@ def _prefill(model, prompts, cache, engine):
     hidden = model.hidden(padded, positions=positions, cache=cache)  # (P, T, C)
     cache.end()
     return model.lm_head(hidden[torch.arange(len(prompts), device=model.device), lengths.long() - 1])
+
+
+def _seed(seed):
+    return int(torch.randint(2**62, (), device="cpu")) if seed is None else int(seed)
 
 
 def _whole(name, value):

@@ -49,7 +49,7 @@ def check_pages(op, block_table, lengths, pages, page):
             f"{op}: lengths reach from {int(lengths.min())} to {int(lengths.max())}, wanted 0 to {capacity} "
             f"({block_table.shape[1]} pages of {page})"
         )
-    used = torch.arange(block_table.shape[1]) * page < lengths[:, None]  # (B, max_pages)
+    used = torch.arange(block_table.shape[1], device=lengths.device) * page < lengths[:, None]  # (B, max_pages)
     wrong = used & ((block_table < 0) | (block_table >= pages))
     if wrong.any():
         b, i = wrong.nonzero()[0].tolist()
