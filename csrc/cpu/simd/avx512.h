@@ -4,11 +4,11 @@
 #include <immintrin.h>
 
 #define FASTLM_LANES 16
-#include "generic.h"
+#include "pairs.h"
 
 namespace fastlm::cpu::FASTLM_ISA::machine {
 
-struct avx512 : generic {
+struct avx512 : pairs<avx512> {
   using generic::store;
 
   static Floats load(const Fp16* p) { return (Floats)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
@@ -23,9 +23,7 @@ struct avx512 : generic {
 
   static Floats square_root(Floats x) { return (Floats)_mm512_sqrt_ps((__m512)x); }
 
-  static constexpr int64_t kStreamFrom = 16384;
   static void stream(float* p, Floats x) { _mm512_stream_ps(p, (__m512)x); }
-  static void stream_end() { _mm_sfence(); }
 
   using Byte = int8_t;
   static void add_bytes(Ints& sum, Ints w, const Byte* x) {  // |w| times x with w's sign
@@ -34,21 +32,9 @@ struct avx512 : generic {
     sum += fours(twos((Ints)_mm512_abs_epi8((__m512i)w), (Ints)turned));
   }
 
-  // 16 bits hold the products of four steps: 16 · 15 · 127 < 2^15.
-  using Nibbles = Shorts;
-  static constexpr int kNibbleSteps = 4;
-  static void add_nibbles(Nibbles& sum, Ints w, const int8_t* x) {
-    sum += twos(w & 0x0f0f0f0f, Ints{} + four_bytes(x));
-    sum += twos((Ints)((Words)w >> 4) & 0x0f0f0f0f, Ints{} + four_bytes(x + 4));
-  }
-  static Ints whole(Nibbles sum) { return fours(sum); }
-
- private:
-  // The products of pairs of bytes, unsigned by signed, in twos, which must stay below 2^15.
   static Shorts twos(Ints bytes, Ints signed_bytes) {
     return (Shorts)_mm512_maddubs_epi16((__m512i)bytes, (__m512i)signed_bytes);
   }
-  // Neighbours added.
   static Ints fours(Shorts twos) { return (Ints)_mm512_madd_epi16((__m512i)twos, _mm512_set1_epi16(1)); }
 };
 
