@@ -394,6 +394,32 @@ def test_a_cache_that_is_not_the_models_is_refused(what, told):
             call(model, cache)
 
 
+def test_the_memory_of_a_cache_serves_the_next(monkeypatch):
+    """What a call left in it changes nothing, nor does a call within another's; more than SPARE bytes are not kept."""
+    model = make("even")
+    long, short = [PROMPTS[3]] * 3, [PROMPTS[1]]
+
+    def written(prompts):
+        return [row.tolist() for row in model.generate(prompts, max_new_tokens=9, temperature=0, stop_at=None)]
+
+    wanted = written(short)
+    held = engine.packed(model)
+    held.spare()
+    written(long)
+    (memory,) = held._spare
+    with torch.inference_mode():
+        memory.fill_(255)  # NaN
+    assert written(short) == wanted and held._spare[0] is memory
+    steps = fastlm.generation.stream_tokens(model, short, max_new_tokens=9, temperature=0, stop_at=None)
+    first = next(steps)
+    assert held._spare == [] and written(short) == wanted
+    inner = held._spare[0]
+    assert inner is not memory and [first, *steps] == [[token] for token in wanted[0][7:]]
+    assert held._spare[0] is inner  # one is kept
+    monkeypatch.setattr(engine, "SPARE", len(held.spare()) - 1)
+    assert written(short) == wanted and held._spare == []
+
+
 def test_decoding_stops_where_the_room_ends():
     """A step that is prepared once and run again and again checks anew."""
     model, cache = prepared()

@@ -7,6 +7,8 @@ so the cache does not grow with the text. A step is announced with `begin`, run 
 `attend`, and closed with `end`; what the engine appends it counts itself.
 """
 
+import math
+
 import torch
 
 from fastlm.ops import attention_qkv, cache_append_, decode_attention
@@ -18,17 +20,23 @@ class KVCache:
     """Room for `capacity` positions of `batch` sequences of a model with `config`.
 
     layers: of as many blocks, heads: (H, D) of them; config's unless given. Where a model's modules append other heads,
-    or another dtype, the pages become such before anything is in them.
+    or another dtype, the pages become such before anything is in them. memory: that of a cache which is done with
+    (uint8), taken where it is large enough: fresh memory costs a page fault every 4 KiB.
     """
 
-    def __init__(self, config, batch, capacity, *, device, dtype, page=PAGE, layers=None, heads=None):
+    def __init__(
+        self, config, batch, capacity, *, device, dtype, page=PAGE, layers=None, heads=None, memory=None
+    ):
         n = -(-capacity // page)
         self._batch, self._page = batch * n, page
-        heads = (config.n_head, config.n_embd // config.n_head) if heads is None else heads
-        layers = config.n_layer if layers is None else layers
-        self.k_pages, self.v_pages = (
-            [self._pages(*heads, device, dtype) for _ in range(layers)] for _ in range(2)
-        )
+        H, D = (config.n_head, config.n_embd // config.n_head) if heads is None else heads
+        shape = 2, config.n_layer if layers is None else layers, batch * n, H, page, D
+        size = math.prod(shape) * dtype.itemsize
+        if memory is None or len(memory) < size:
+            memory = torch.empty(size, dtype=torch.uint8, device=device)
+        self.memory = memory
+        k_pages, v_pages = memory[:size].view(dtype).view(shape).transpose(3, 4)
+        self.k_pages, self.v_pages = list(k_pages), list(v_pages)
         self.block_table = torch.arange(batch * n, dtype=torch.int32, device=device).view(batch, n)
         self.lengths = torch.zeros(batch, dtype=torch.int32, device=device)
         self._empty = True

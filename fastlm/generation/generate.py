@@ -106,6 +106,8 @@ def _run(model, prompts, room, n, sampler, seed, stop, first):
         left = [0 if token in (stop, ENDED) else count - 1 for token, count in zip(ids, left)]
         yield ids
         if not any(left):
+            if fast:
+                weights.done(cache)
             return
         with torch.inference_mode() if fast else inference(model):  # the engine calls no module
             ids = step()
