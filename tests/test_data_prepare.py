@@ -1,8 +1,10 @@
 """Preparing data: what is read, where it is split, that nothing is half-written, and that damage is found."""
 
 import json
+import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -299,6 +301,21 @@ def test_an_interruption_leaves_what_was_there(text_file, tmp_path, monkeypatch,
         prepare([text_file], out, tokenizer="bytes", overwrite=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == (["out"] if existing else []) + ["text.txt"]
     assert not existing or load_manifest(out, verify=True)["tokenizer"] == "chars"
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "SIGINT"])
+def test_a_signal_leaves_nothing_half_made(tmp_path, name):
+    number = signal.Signals[name]
+    (tmp_path / "text.txt").write_text("".join(f"line {at} of many\n" for at in range(1_000_000)))
+    command = [sys.executable, "-m", "fastlm.cli", "data", "prepare", "text.txt", "--tokenizer", "bytes", "--out",
+               "out"]
+    run = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    while not any(path.name.startswith(".out-") for path in tmp_path.iterdir()):
+        assert run.poll() is None
+        time.sleep(0.02)
+    run.send_signal(number)
+    assert run.wait(timeout=60) == (130 if name == "SIGINT" else 128 + number) and "Traceback" not in run.stderr.read()
+    assert [path.name for path in tmp_path.iterdir()] == ["text.txt"]
 
 
 def test_a_failed_replacement_puts_the_old_back(text_file, tmp_path, monkeypatch):

@@ -154,7 +154,7 @@ def test_hooks_are_gone_afterwards_even_when_the_step_raises(monkeypatch, tmp_pa
         return x.tanh()
 
     (tmp_path / "t.json").unlink()
-    monkeypatch.setattr("fastlm.gpt2.bias_gelu", failing)
+    monkeypatch.setattr("fastlm.activations.bias_gelu", failing)
     with fastlm.use(attention="reference"), pytest.raises(RuntimeError, match="boom"):  # the parts, not whole blocks
         profile_run.run(plan)
     assert calls[0] == 0 < calls[1] and hooks(made[1]) == 0

@@ -1,5 +1,6 @@
 """The command line: `fastlm COMMAND`. Each command lives in the module of its name and imports what is heavy late."""
 
+import signal
 import sys
 
 import typer
@@ -32,6 +33,9 @@ def main():
     for stream in (sys.stdout, sys.stderr):
         if getattr(stream, "errors", None) in ("strict", "surrogateescape"):
             stream.reconfigure(errors="replace")  # a character that the terminal cannot show ends no command
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) == signal.SIG_DFL:  # under nohup it is ignored
+            signal.signal(number, _stop)
     try:
         app()
     except (ValueError, TypeError, RuntimeError, OSError) as error:
@@ -39,6 +43,13 @@ def main():
             raise
         print(f"fastlm: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+def _stop(number, frame):
+    """Ends a command as the signal would, but what is half made is cleared away; others do not cut that off."""
+    for other in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(other, signal.SIG_IGN)
+    sys.exit(128 + number)
 
 
 def _is_ours(error):
