@@ -679,6 +679,16 @@ def narrower(model, draw, undo):
             mlp.c_proj.weight = nn.Parameter(mlp.c_proj.weight.detach()[:inner].clone())
 
 
+@change(harmless=True)
+def parametrized_and_back(model, draw, undo):
+    if (module := a_module(model, draw, Conv1D, nn.Linear)) is not None and "weight" in module._parameters:
+        tied = [other for other in model.modules() if other._parameters.get("weight") is module.weight]
+        nn.utils.parametrize.register_parametrization(module, "weight", Doubled())
+        nn.utils.parametrize.remove_parametrizations(module, "weight", leave_parametrized=draw.random() < 0.5)
+        for other in tied:
+            other.weight = module.weight
+
+
 class Doubled(nn.Module):
     def forward(self, weight):
         return weight * 2
