@@ -1,7 +1,9 @@
 """GPT2Config: the sizes of a GPT-2, checked; its fields are those of Hugging Face's config.json."""
 
 import json
+import warnings
 from pathlib import Path
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -15,18 +17,18 @@ PRESETS = {
 # What GPT-2 fixes: a config.json that says otherwise describes another model.
 FIXED = {
     "model_type": ("gpt2",),
-    "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
-    "scale_attn_weights": (True,),
-    "scale_attn_by_inverse_layer_idx": (False,),
     "add_cross_attention": (False,),
-    "tie_word_embeddings": (True,),
 }
+Activation = Literal["gelu_new", "gelu_pytorch_tanh", "gelu_fast", "gelu", "relu", "silu", "swish", "tanh"]
+ENDS = "bos_token_id", "eos_token_id"
 
 
 class GPT2Config(BaseModel):
     """Sizes of a GPT-2: `GPT2Config()` is the 124M model, `GPT2Config.preset("gpt2-xl")` a published one.
 
-    Raises ValueError naming the field, what came and what was wanted.
+    An attention's scores are fp32 always, so that reorder_and_upcast_attn, which asks for that, changes nothing. Ids
+    from unpadded_vocab_size on, where it is given, are padding of the vocabulary, which is never drawn. Raises
+    ValueError naming the field, what came and what was wanted.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -42,6 +44,12 @@ class GPT2Config(BaseModel):
     resid_pdrop: float = Field(0.1, ge=0, lt=1)
     layer_norm_epsilon: float = Field(1e-5, gt=0, lt=1)
     initializer_range: float = Field(0.02, gt=0, lt=10)
+    activation_function: Activation = "gelu_new"
+    scale_attn_weights: bool = True  # by 1/√D
+    scale_attn_by_inverse_layer_idx: bool = False  # by 1/(layer + 1), too
+    reorder_and_upcast_attn: bool = False
+    tie_word_embeddings: bool = True
+    unpadded_vocab_size: int | None = Field(None, ge=1)
     bos_token_id: int | None = Field(None, ge=0)  # 50256 in GPT-2's own vocabulary, None in others
     eos_token_id: int | None = Field(None, ge=0)
 
@@ -59,9 +67,11 @@ class GPT2Config(BaseModel):
 
     @model_validator(mode="after")
     def _sizes_fit(self):
-        for name in ("bos_token_id", "eos_token_id"):
+        for name in ENDS:
             if (getattr(self, name) or 0) >= self.vocab_size:
                 raise ValueError(f"{name}={getattr(self, name)} lies outside the vocabulary of {self.vocab_size}")
+        if (tokens := self.unpadded_vocab_size or 0) > self.vocab_size:
+            raise ValueError(f"unpadded_vocab_size={tokens} is more than vocab_size={self.vocab_size}")
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd={self.n_embd} is no multiple of n_head={self.n_head}")
         return self
@@ -75,7 +85,10 @@ class GPT2Config(BaseModel):
 
     @classmethod
     def load(cls, path):
-        """The config of a Hugging Face config.json; ValueError where it is no JSON or describes another model."""
+        """The config of a Hugging Face config.json; ValueError where it is no JSON or describes another model.
+
+        An end of text outside the vocabulary (transformers writes GPT-2's into every config) is left out, and told.
+        """
         path = Path(path)
         try:
             values = json.loads(path.read_text(encoding="utf-8-sig"))
@@ -95,6 +108,8 @@ class GPT2Config(BaseModel):
         for key in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head"):
             if key not in known:
                 raise ValueError(f"{path}: has no {key}")
+        for key in ENDS:
+            known[key] = _end(path, key, known)
         try:
             return cls(**known)
         except ValueError as error:
@@ -105,12 +120,25 @@ class GPT2Config(BaseModel):
         return {
             "architectures": ["GPT2LMHeadModel"],
             **{key: wanted[0] for key, wanted in FIXED.items()},
-            **self.model_dump(),
+            **self.model_dump(exclude={"unpadded_vocab_size"} if self.unpadded_vocab_size is None else None),
             "n_ctx": self.n_positions,
             "dtype": "float32",
         }
 
     to_dict = dump  # the name in transformers, by which peft asks
+
+
+def _end(path, key, known):
+    """The bos or eos of a config.json's values: one that is in the vocabulary, else None."""
+    value, V = known.get(key), known["vocab_size"]
+    if isinstance(value, list) and len(value) == 1:
+        (value,) = value
+    if key not in known and V == 50257:
+        return 50256
+    if isinstance(value, int) and isinstance(V, int) and not 0 <= value < V:
+        warnings.warn(f"{path}: {key}={value} lies outside the vocabulary of {V}: the model has none", stacklevel=4)
+        return None
+    return value
 
 
 def _told(error):

@@ -45,6 +45,11 @@ for _kind in nn.ModuleDict, nn.ModuleList, nn.Embedding, nn.Linear:
     plain()(_kind)
 
 
+def plain_kind(module):
+    """The class that a module is of, or is made from, among those that the fast paths reproduce; else its own."""
+    return next((kind for kind in type(module).__mro__ if kind in _PLAIN), type(module))
+
+
 def why_not(model, path=""):
     """None where a model, or the part of it at `path`, may be stepped over, else the sentence which may not, and why.
 
@@ -60,8 +65,7 @@ def why_not(model, path=""):
 def _odd_of(model, path=""):
     if _hooked_all():
         return "torch.nn.modules.module", "has hooks for all modules", False
-    place = next((kind for kind in type(model).__mro__ if kind in _PLAIN), type(model))
-    module = model
+    module, place = model, plain_kind(model)
     for name in path.split(".") if path else ():
         module, place = getattr(module, name), (place if isinstance(place, dict) else _PLAIN[place].parts)[name]
     return _odd(path, module, place, [kind for kind in _PLAIN if _patched(kind)])
@@ -97,7 +101,7 @@ def is_plain(module, kind):
 
 def own_call(model):
     """Whether somebody has a part in `model(tokens)` beside the modules: a forward, or hooks, of the model itself."""
-    kind = next(kind for kind in type(model).__mro__ if kind in _PLAIN)
+    kind = plain_kind(model)
     for call in "__call__", "_call_impl", "forward":
         if call in model.__dict__ or getattr(type(model), call) is not _PLAIN[kind].calls[call]:
             return True
@@ -163,6 +167,8 @@ def sizes(model):
                 return None, f"transformer.h.{layer}.{name} is {told}, wanted {shape} {dtype} on {device}"
         if block.attn.n_head != heads or (block.ln_1.eps, block.ln_2.eps) != (epsilon, epsilon):
             return None, f"transformer.h.{layer} has another number of heads, or epsilon, than transformer.h.0"
+        if block.attn.scale is not None:
+            return None, f"transformer.h.{layer}.attn.scale is {block.attn.scale}, wanted None: 1/√D"
     if not isinstance(heads, int) or heads < 1 or len(norm) % heads:
         return None, f"transformer.h.0.attn.n_head is {heads}, which does not divide {len(norm)}"
     return Sizes(len(norm), heads, inner.shape[1], epsilon, dtype, weights), None

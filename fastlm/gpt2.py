@@ -9,10 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fastlm import fast_path
+from fastlm import fast_path, heads, masks
+from fastlm.activations import GELU, activation
 from fastlm.config import GPT2Config
 from fastlm.likeness import AlikeConv1D
-from fastlm.ops import attention_qkv, bias_gelu, layer_norm, linear_xent, softmax_xent
+from fastlm.ops import attention_qkv, layer_norm, softmax_xent
 from fastlm.ops.checks import beneath
 from fastlm.ops.once import transformed
 
@@ -55,10 +56,16 @@ class LayerNorm(nn.LayerNorm):
 
 @fast_path.plain(c_attn=Conv1D, c_proj=Conv1D)
 class Attention(nn.Module):
-    def __init__(self, config):
+    """`scale` is what scores are multiplied by, None for 1/√D."""
+
+    def __init__(self, config, layer):
         super().__init__()
         C, L = config.n_embd, config.n_layer
         self.n_head = config.n_head
+        self.scale = None
+        if not config.scale_attn_weights or (config.scale_attn_by_inverse_layer_idx and layer):
+            scale = (C // config.n_head) ** -0.5 if config.scale_attn_weights else 1.0
+            self.scale = scale / (layer + 1) if config.scale_attn_by_inverse_layer_idx else scale
         self.dropout, self.residual_dropout = config.attn_pdrop, config.resid_pdrop
         self.c_attn = Conv1D(C, 3 * C, config.initializer_range)
         self.c_proj = Conv1D(C, C, config.initializer_range / (2 * L) ** 0.5)
@@ -67,44 +74,46 @@ class Attention(nn.Module):
         B, T, C = x.shape
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
         if attend is not None:
-            o = attend(qkv)
+            o = attend(qkv) if self.scale is None else attend(qkv, scale=self.scale)
         elif seed is None or not self.training:
-            o = attention_qkv(qkv)
+            o = attention_qkv(qkv, scale=self.scale)
         else:
-            o = attention_qkv(qkv, dropout=self.dropout, seed=seed)
+            o = attention_qkv(qkv, scale=self.scale, dropout=self.dropout, seed=seed)
         return F.dropout(self.c_proj(o.reshape(B, T, C)), self.residual_dropout, self.training)
 
 
-@fast_path.plain(c_fc=Conv1D, c_proj=Conv1D)
+@fast_path.plain(c_fc=Conv1D, act=GELU, c_proj=Conv1D)
 class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
         C, inner, L = config.n_embd, config.n_inner or 4 * config.n_embd, config.n_layer
         self.residual_dropout = config.resid_pdrop
         self.c_fc = Conv1D(C, inner, config.initializer_range)
+        self.act = activation(config.activation_function)
         self.c_proj = Conv1D(inner, C, config.initializer_range / (2 * L) ** 0.5)
 
     def forward(self, x):
-        if fast_path.is_plain(self.c_fc, Conv1D):
-            u, bias = self.c_fc(x, bias=False), self.c_fc.bias
+        if fast_path.is_plain(self.c_fc, Conv1D) and fast_path.is_plain(self.act, GELU):
+            g = self.act(self.c_fc(x, bias=False), self.c_fc.bias)
         else:
-            u = self.c_fc(x)
-            bias = u.new_zeros(u.shape[-1])
-        g = bias_gelu(u.reshape(-1, u.shape[-1]), bias).view(u.shape)
+            g = self.act(self.c_fc(x))
         return F.dropout(self.c_proj(g), self.residual_dropout, self.training)
 
 
 @fast_path.plain(ln_1=LayerNorm, attn=Attention, ln_2=LayerNorm, mlp=MLP)
 class Block(nn.Module):
-    def __init__(self, config):
+    def __init__(self, config, layer):
         super().__init__()
         self.ln_1 = LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
-        self.attn = Attention(config)
+        self.attn = Attention(config, layer)
         self.ln_2 = LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
         self.mlp = MLP(config)
 
     def forward(self, x, attend, seed):
-        """x (B, T, C) behind the block; attend: qkv (B, T, 3, H, D) → o (B, T, H, D), in causal attention's place."""
+        """x (B, T, C) behind the block; attend: qkv (B, T, 3, H, D) → o (B, T, H, D), in causal attention's place.
+
+        It is called with scale=…, too, where the attention has one of its own.
+        """
         x, added = self.unadded(x, None, attend, seed)
         return x + added
 
@@ -131,8 +140,9 @@ class Block(nn.Module):
 class GPT2(nn.Module):
     """`model(tokens, targets)` → (logits (B, T, V), loss); `loss`, `generate`, `from_pretrained`, `save_pretrained`.
 
-    Parameter names and shapes are those of transformers' GPT2LMHeadModel. The head is tied: lm_head.weight is
-    transformer.wte.weight. `quantised` is "int8" or "int4" where the weights are of that form (fastlm.quantised).
+    Parameter names and shapes are those of transformers' GPT2LMHeadModel. Unless the config says otherwise the head is
+    tied: lm_head.weight is transformer.wte.weight. `quantised` is "int8" or "int4" where the weights are of that form
+    (fastlm.quantised).
     """
 
     quantised: str | None = None
@@ -144,11 +154,14 @@ class GPT2(nn.Module):
         self.transformer = nn.ModuleDict({
             "wte": Embedding.from_pretrained(torch.empty(V, C).normal_(std=std), freeze=False),
             "wpe": nn.Embedding.from_pretrained(torch.empty(config.n_positions, C).normal_(std=std), freeze=False),
-            "h": nn.ModuleList(Block(config) for _ in range(config.n_layer)),
+            "h": nn.ModuleList(Block(config, layer) for layer in range(config.n_layer)),
             "ln_f": LayerNorm(C, eps=config.layer_norm_epsilon),
         })
         self.lm_head = nn.Linear(C, V, bias=False, device="meta")
-        self.tie_weights()
+        if config.tie_word_embeddings:
+            self.tie_weights()
+        else:
+            self.lm_head.weight = nn.Parameter(torch.empty(V, C).normal_(std=std))
 
     def tie_weights(self):
         self.lm_head.weight = self.transformer.wte.weight
@@ -166,13 +179,17 @@ class GPT2(nn.Module):
         wte = self.transformer.wte
         return wte.weight if isinstance(wte, nn.Embedding) else next(self.transformer.parameters())
 
-    def hidden(self, tokens, *, positions=None, cache=None, seed=None, sparse=False):
+    def hidden(self, tokens, *, positions=None, cache=None, seed=None, sparse=False, attention_mask=None):
         """The final hidden states (B, T, C), normalised, of tokens (B, T) int64.
 
         positions (B, T) int64, 0 … T-1 unless given; cache, an object whose `attend(layer, qkv)` returns (B, T, H, D),
         takes the place of causal attention, and of its dropout; seed (4,) int64 names that (drawn where it is needed);
-        sparse: the embedding's gradient is a sparse tensor, for a caller that adds it to a dense one.
+        sparse: the embedding's gradient is a sparse tensor, for a caller that adds it to a dense one. attention_mask
+        (B, T), 1 where a token is real and 0 where none looks, as in transformers: positions are what they are without
+        it, and what stands behind a pad means nothing.
         """
+        if attention_mask is not None:
+            return self._masked(tokens, attention_mask, positions, cache, seed=seed, sparse=sparse)
         self.check_tokens(tokens, positions)
         if positions is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device)
@@ -191,6 +208,17 @@ class GPT2(nn.Module):
             x = block(x, attend, seed)
         return self.transformer.ln_f(x)
 
+    def _masked(self, tokens, mask, positions, cache, **options):
+        mask = masks.check("GPT2", mask, tokens)
+        if cache is not None:
+            raise ValueError("GPT2: got attention_mask and cache; a cache's counts say which tokens are real")
+        order, back = masks.order(mask)
+        if positions is None:
+            positions = torch.arange(tokens.shape[1], device=tokens.device)
+        positions = positions.expand(tokens.shape).gather(1, order)
+        hidden = self.hidden(tokens.gather(1, order), positions=positions, **options)
+        return hidden.gather(1, back[..., None].expand_as(hidden))
+
     def drops_attention(self):
         """Whether some attention has dropout, in the mode and with the share that it has itself."""
         return any(isinstance(part, Attention) and part.training and part.dropout
@@ -203,16 +231,17 @@ class GPT2(nn.Module):
         layers = torch.arange(len(self.transformer.h), device=seed.device)
         return (seed + F.pad(layers[:, None], (2, 1))).unbind(0)
 
-    def forward(self, tokens, targets=None, *, seed=None):
+    def forward(self, tokens, targets=None, *, attention_mask=None, seed=None):
         """(logits (B, T, V), loss) of tokens (B, T) int64; loss, in nats per token, is None without targets.
 
-        targets (B, T) int64 are already shifted: targets[b, t] follows tokens[b, t]; -100 is ignored. seed (4,) int64
-        names this step's attention dropout; without it one is drawn from torch's generator. Raises ValueError for
-        wrong shapes, for sequences longer than n_positions and for ids outside the vocabulary.
+        targets (B, T) int64 are already shifted: targets[b, t] follows tokens[b, t]; -100 is ignored. attention_mask
+        (B, T) is 0 where a token is a pad, which no other looks at. seed (4,) int64 names this step's attention
+        dropout; without it one is drawn from torch's generator. Raises ValueError for wrong shapes, for sequences
+        longer than n_positions and for ids outside the vocabulary.
         """
         if targets is not None:
             self._check_targets(tokens, targets)
-        hidden, head = self.hidden(tokens, seed=seed), self.lm_head
+        hidden, head = self.hidden(tokens, seed=seed, attention_mask=attention_mask), self.lm_head
         strict = not torch.is_autocast_enabled(hidden.device.type) and fast_path.is_plain(head, nn.Linear)
         if strict and head.weight.dtype != hidden.dtype:
             raise TypeError(f"GPT2: lm_head.weight is {head.weight.dtype}, but the hidden states are {hidden.dtype}")
@@ -221,15 +250,14 @@ class GPT2(nn.Module):
             return logits, None
         return logits, softmax_xent(logits.view(-1, logits.shape[-1]), targets.reshape(-1))
 
-    def loss(self, tokens, targets, *, seed=None):
+    def loss(self, tokens, targets, *, attention_mask=None, seed=None):
         """The loss of `model(tokens, targets)` without its logits, which never exist as a whole: what to train with."""
         self._check_targets(tokens, targets)
         if fast_path.own_call(self):
-            return self(tokens, targets, **{} if seed is None else {"seed": seed})[1]
-        if not fast_path.is_plain(self.lm_head, nn.Linear) or self.lm_head.bias is not None:
-            return self.forward(tokens, targets, seed=seed)[1]
-        hidden = self.hidden(tokens, seed=seed, sparse=self.adds_few_rows(tokens))
-        return linear_xent(hidden.view(-1, hidden.shape[-1]), self.lm_head.weight, targets.reshape(-1))
+            options = {"attention_mask": attention_mask, "seed": seed}
+            return self(tokens, targets, **{name: value for name, value in options.items() if value is not None})[1]
+        hidden = self.hidden(tokens, seed=seed, sparse=self.adds_few_rows(tokens), attention_mask=attention_mask)
+        return heads.loss_of(self.lm_head, hidden, targets, self.config.vocab_size)
 
     def adds_few_rows(self, tokens):
         """Whether the embedding of tokens (B, T) adds few rows to wte's gradient, to which the head's is there first,
@@ -277,6 +305,15 @@ class GPT2(nn.Module):
         from fastlm.generation import generate_tokens
 
         return generate_tokens(self, tokens, **options)
+
+    def resize_token_embeddings(self, new_num_tokens=None, pad_to_multiple_of=None):
+        """Makes the vocabulary new_num_tokens long, of as many as there are unless given, and returns the embedding.
+
+        With pad_to_multiple_of there are as many rows as make a multiple of it; what is beyond new_num_tokens is never
+        drawn. New rows are the mean of the old ones (Hewitt 2021), ends of text that are cut off become None. The
+        parameters are new ones: an optimizer is made after.
+        """
+        return heads.resize(self, new_num_tokens, pad_to_multiple_of)
 
     def why_slow(self):
         """None where the model is what the fast paths take it for, else the sentence which module is not, and why.

@@ -4,15 +4,19 @@ import json
 import os
 import shutil
 import tempfile
+import warnings
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import nn
 
 from fastlm.config import GPT2Config
 from fastlm.data.disk import advice, cause
+from fastlm.described import HEAD, WTE, described
 from fastlm.quantised import GROUP, KINDS, dequantise, head_kind, matrices, quantise
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json",
@@ -22,27 +26,33 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "mer
 def load(cls, name, *, device=None, dtype=torch.float32):
     """A `cls` with the weights of directory or hub id `name`, in evaluation mode.
 
-    Reads config.json and model.safetensors (or the shards that model.safetensors.index.json lists). Raises
-    ValueError naming the file and the cause for anything missing, corrupt, or of another shape. Quantised weights come
-    as the numbers they stand for, in fp32, and `quantised` tells their kind.
+    Reads config.json and model.safetensors (or the shards that model.safetensors.index.json lists). A head of its own
+    stays one, whatever the config says; where that says otherwise a warning tells. Raises ValueError naming the file
+    and the cause for anything missing, corrupt, or of another shape. Quantised weights come as the numbers they stand
+    for, in fp32, and `quantised` tells their kind.
     """
     directory = find(name)
     config = GPT2Config.load(directory / "config.json")
+    held, kind = _held(directory)
+    own = HEAD in held and held[HEAD] != held.setdefault(WTE, held[HEAD])  # one tensor for both is a tied head
     with torch.device("meta"):
-        model = cls(config)
+        model = cls(config.model_copy(update={"tie_word_embeddings": config.tie_word_embeddings and not own}))
+        _shape_head(model, held, kind)
     model.to_empty(device=device or "cpu")
-    model.tie_weights()
-    wanted = dict(model.named_parameters())  # lm_head.weight is transformer.wte.weight and listed once
-    missing, kinds = set(wanted), set()
-    for path in _weight_files(directory):
-        filled, kind = _fill(wanted, path)
-        missing -= filled
-        kinds.add(kind)
-    if len(kinds) > 1:
-        raise ValueError(f"{directory}: its files are of several kinds of weights ({', '.join(map(str, kinds))})")
-    (model.quantised,) = kinds
-    if missing:
-        raise ValueError(f"{directory}: no weights for {', '.join(sorted(missing)[:4])} ({len(missing)} missing)")
+    if model.config.tie_word_embeddings:
+        model.tie_weights()
+    wanted = dict(model.named_parameters())  # a tied lm_head.weight is transformer.wte.weight and listed once
+    if missing := sorted(set(wanted) - set(held)):
+        raise ValueError(f"{directory}: no weights for {', '.join(missing[:4])} ({len(missing)} missing)")
+    _fill(wanted, held, kind)
+    if own and config.tie_word_embeddings:
+        if torch.equal(model.lm_head.weight, model.transformer.wte.weight):
+            model.config = config
+            model.tie_weights()
+        else:
+            warnings.warn(f"{directory}: lm_head.weight differs from transformer.wte.weight, though config.json does "
+                          "not say tie_word_embeddings=false: the head is loaded as one of its own", stacklevel=3)
+    model.quantised = kind
     return model.to(torch.float32 if model.quantised else dtype).eval()
 
 
@@ -107,21 +117,72 @@ OTHERS = [
 ]
 
 
-def _fill(wanted, path):
-    """Copies the tensors of one file into the parameters `wanted`; the names that were filled, and the kind."""
-    filled = set()
-    try:
-        with safe_open(path, framework="pt") as file:
-            kind = (file.metadata() or {}).get("fastlm_quantised")
+def _held(directory):
+    """({name: (file, key)} of the weights that a directory holds, their kind); several names may have one tensor."""
+    held, kinds = {}, set()
+    for path in _weight_files(directory):
+        with _opened(path) as file:
+            metadata = file.metadata() or {}
+            kind = metadata.get("fastlm_quantised")
             if kind not in (None, *KINDS):
                 raise ValueError(f"{path}: weights are {kind!r}, wanted {' or '.join(KINDS)}")
+            kinds.add(kind)
             for key in file.keys():
-                if kind and key.endswith("_scale"):
-                    continue
-                name = key if key.startswith(("transformer.", "lm_head.")) else f"transformer.{key}"
-                if name == "lm_head.weight" or name.endswith((".attn.bias", ".attn.masked_bias")):
-                    continue  # the tied head, and the causal mask that old checkpoints carry
+                name = _name(key)
+                if not (kind and key.endswith("_scale") or name.endswith((".attn.bias", ".attn.masked_bias"))):
+                    held[name] = path, key  # the latter are causal masks, which old checkpoints carry
+            for key, kept in metadata.items():  # safetensors.torch.save_model tells so which names share a tensor
+                if _name(kept) in held:
+                    held.setdefault(_name(key), held[_name(kept)])
+    if len(kinds) > 1:
+        raise ValueError(f"{directory}: its files are of several kinds of weights ({', '.join(map(str, kinds))})")
+    return held, *kinds
+
+
+def _name(key):
+    return key if key.startswith(("transformer.", "lm_head.")) else f"transformer.{key}"
+
+
+@contextmanager
+def _opened(path):
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path}: no valid safetensors file ({error})") from None
+
+
+def shape_head(model, directory):
+    """Gives a model's head the bias and the rows that are among the weights of a directory."""
+    _shape_head(model, *_held(Path(directory)))
+
+
+def _shape_head(model, held, kind):
+    """Gives a model the bias and the rows, at least as many as its tokens, that the head of its files has."""
+    (V, C), bias = model.lm_head.weight.shape, "lm_head.bias" in held
+    if not model.config.tie_word_embeddings and HEAD in held:
+        path, key = held[HEAD]
+        with _opened(path) as file:
+            shape = file.get_slice(key).get_shape()
+        V = max(V, shape[1 if kind else 0]) if len(shape) == 2 else V
+    if bias or V != model.config.vocab_size:
+        weight = model.lm_head.weight
+        model.lm_head = nn.Linear(C, V, bias=bias)
+        if V == len(weight):
+            model.lm_head.weight = weight
+
+
+def _fill(wanted, held, kind):
+    """Copies the tensors that files hold into the parameters `wanted`."""
+    by_path = {}
+    for name, (path, key) in held.items():
+        by_path.setdefault(path, []).append((name, key))
+    for path, names in by_path.items():
+        with _opened(path) as file:
+            for name, key in names:
                 if name not in wanted:
+                    if name == HEAD:
+                        continue  # a tied one
                     raise ValueError(f"{path}: has a tensor {key}, which GPT-2 has not")
                 tensor = file.get_tensor(key)
                 if kind and not tensor.is_floating_point():
@@ -135,15 +196,11 @@ def _fill(wanted, path):
                     raise ValueError(f"{path}: {key} is {tensor.dtype}, wanted a floating-point tensor")
                 with torch.no_grad():
                     wanted[name].copy_(tensor)
-                filled.add(name)
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path}: no valid safetensors file ({error})") from None
-    return filled, kind
 
 
 def _dequantised(file, key, q, shape, path):
     """The weight of `shape` that a quantised tensor of a file stands for: int8, or uint8 with two int4 a byte."""
-    transposed = key.endswith("wte.weight")
+    transposed = key.endswith(("wte.weight", HEAD))
     K, N = reversed(shape) if transposed else shape
     if q.dtype == torch.uint8 and q.shape == ((K + 1) // 2, N):
         q = torch.stack([q & 15, q >> 4], 1).flatten(0, 1)[:K].to(torch.int8) - 8
@@ -162,11 +219,12 @@ def _dequantised(file, key, q, shape, path):
 
 
 def save(model, directory, *, tokenizer=None):
-    """Writes the model in fp32 beside its config and tokenizer; every file is complete or absent."""
-    weights = {
-        name: parameter.detach().to("cpu", torch.float32).contiguous() for name, parameter in model.named_parameters()
-    }
-    _write(weights, {"format": "pt"}, model, directory, tokenizer)
+    """Writes the model in fp32 beside its config and tokenizer; every file is complete or absent.
+
+    Raises ValueError, before anything is written, for a model of which the files would not say what it is.
+    """
+    config, weights = described(model)
+    _write(weights, {"format": "pt"}, config, directory, tokenizer)
 
 
 def save_quantised(model, directory, *, tokenizer=None, notes=None):
@@ -174,7 +232,7 @@ def save_quantised(model, directory, *, tokenizer=None, notes=None):
 
     notes: text → text, for the file's metadata.
     """
-    weights = {name: parameter.detach().cpu().float() for name, parameter in model.named_parameters()}
+    config, weights = described(model)
     for name, (weight, transposed) in matrices(model).items():
         kind = head_kind(model.quantised) if transposed else model.quantised
         q, scale = quantise(weight.T if transposed else weight, kind)
@@ -182,19 +240,20 @@ def save_quantised(model, directory, *, tokenizer=None, notes=None):
             q = F.pad(q, (0, 0, 0, len(q) % 2)).add(8).to(torch.uint8)
             q = q[0::2] | q[1::2] << 4
         weights |= {name: q.contiguous(), f"{name}_scale": scale.contiguous()}
-    _write(weights, {"format": "pt", "fastlm_quantised": model.quantised, **(notes or {})}, model, directory, tokenizer)
+    _write(weights, {"format": "pt", "fastlm_quantised": model.quantised, **(notes or {})}, config, directory,
+           tokenizer)
 
 
-def _write(weights, metadata, model, directory, tokenizer):
+def _write(weights, metadata, config, directory, tokenizer):
     directory = Path(directory)
     staging = None
     try:
         directory.mkdir(parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(prefix=".saving-", dir=directory))
         save_file(weights, staging / "model.safetensors", metadata=metadata)
-        (staging / "config.json").write_text(json.dumps(model.config.dump(), indent=2) + "\n", encoding="utf-8")
+        (staging / "config.json").write_text(json.dumps(config.dump(), indent=2) + "\n", encoding="utf-8")
         if tokenizer is not None:
-            tokenizer.save(staging, max_length=model.config.n_positions)
+            tokenizer.save(staging, max_length=config.n_positions)
         for path in sorted(staging.iterdir()):
             with open(path, "rb") as file:
                 os.fsync(file.fileno())

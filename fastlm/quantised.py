@@ -45,11 +45,14 @@ def matrices(model):
         for name in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"):
             found[f"transformer.h.{layer}.{name}.weight"] = block.get_submodule(name).weight, False
     found["transformer.wte.weight"] = model.transformer["wte"].weight, True
+    head = getattr(model.lm_head, "weight", None)
+    if head is not None and head is not model.transformer["wte"].weight:
+        found["lm_head.weight"] = head, True
     return found
 
 
 def head_kind(kind):
-    """The head and the embedding, one matrix, are no narrower than int8: they decide every token."""
+    """The head and the embedding, mostly one matrix, are no narrower than int8: they decide every token."""
     return "int8" if kind == "int4" else kind
 
 
@@ -59,8 +62,8 @@ def quantise_(model, kind):
     if kind not in KINDS:
         raise ValueError(f"kind is {kind!r}, wanted {' or '.join(KINDS)}")
     model.float()
-    for name, (weight, transposed) in matrices(model).items():
-        of = head_kind(kind) if name.endswith("wte.weight") else kind
+    for weight, transposed in matrices(model).values():
+        of = head_kind(kind) if transposed else kind
         w = weight.T if transposed else weight
         w.copy_(dequantise(*quantise(w, of)))
     model.quantised = kind

@@ -22,6 +22,7 @@ from torch import nn
 
 import fastlm
 from fastlm import fast_path
+from fastlm.activations import GELU
 from fastlm.backends.machine import machine_why_not
 from fastlm.generation import engine
 from fastlm.generation.perplexity import perplexity
@@ -52,16 +53,19 @@ def _norm(self, x):
     return F.layer_norm(x, x.shape[-1:], self.weight, self.bias, self.eps)
 
 
+def _gelu(self, u, bias=None):
+    return F.gelu(u if bias is None else u + bias, approximate="tanh")
+
+
 def _attention(self, x, attend=None, seed=None):
     q, k, v = self.c_attn(x).unflatten(-1, (3, self.n_head, -1)).permute(2, 0, 3, 1, 4)  # (B, H, T, D) each
     dropped = self.dropout if self.training else 0.0
-    o = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropped)
+    o = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropped, scale=self.scale)
     return F.dropout(self.c_proj(o.transpose(1, 2).flatten(2)), self.residual_dropout, self.training)
 
 
 def _mlp(self, x):
-    u = self.c_fc(x)
-    return F.dropout(self.c_proj(F.gelu(u, approximate="tanh")), self.residual_dropout, self.training)
+    return F.dropout(self.c_proj(self.act(self.c_fc(x))), self.residual_dropout, self.training)
 
 
 def _block(self, x, attend=None, seed=None):
@@ -69,7 +73,7 @@ def _block(self, x, attend=None, seed=None):
     return x + self.mlp(self.ln_2(x))
 
 
-def _hidden(self, tokens, seed=None):
+def _hidden(self, tokens, seed=None, attention_mask=None):
     x = self.transformer.wte(tokens) + self.transformer.wpe(torch.arange(tokens.shape[1]))
     for block in self.transformer.h:
         x = block(x, None, None)
@@ -82,7 +86,7 @@ def _gpt2(self, tokens, targets=None):
 
 
 WORDS = {Conv1D: _conv1d, Embedding: _embedding, LayerNorm: _norm, Attention: _attention, MLP: _mlp, Block: _block,
-         GPT2: _gpt2}
+         GELU: _gelu, GPT2: _gpt2}
 OURS = {kind: kind.forward for kind in WORDS}
 OUR_HIDDEN = GPT2.hidden
 
@@ -234,17 +238,18 @@ def from_a_vector(model, draw, undo):
             nn.utils.vector_to_parameters(vector + like(draw, vector, 0.02), model.parameters())
 
 
-if hasattr(GPT2, "resize_token_embeddings"):
-    @change(harmless=True, theirs=True)
-    def resized(model, draw, undo):
-        """The new rows are what is drawn: each library has its own."""
-        weight = model.get_submodule("transformer.wte").weight
-        n, multiple = len(weight) + draw.choice([-3, 0, 5, 40]), draw.choice([None, 8, 64])
-        model.resize_token_embeddings(n, pad_to_multiple_of=multiple)
+@change(harmless=True, theirs=True)
+def resized(model, draw, undo):
+    """The new rows are what is drawn: each library has its own."""
+    tables = model.transformer.wte, model.lm_head
+    if all(isinstance(table, (nn.Embedding, nn.Linear)) and "weight" in table._parameters for table in tables):
+        n, before = model.config.vocab_size + draw.choice([-3, 0, 5, 40]), [len(table.weight) for table in tables]
+        if not isinstance(model, GPT2):
+            model.config.tie_word_embeddings = tables[0].weight is tables[1].weight  # or it would tie them
+        model.resize_token_embeddings(n, pad_to_multiple_of=draw.choice([None, 8, 64]))
         with torch.no_grad():
-            for module in (model.transformer.wte, model.lm_head):
-                if len(module.weight) > len(weight):
-                    new = module.weight[len(weight) :]
+            for table, count in zip(tables, before):
+                for new in [parameter[count:] for parameter in table.parameters() if len(parameter) > count]:
                     new.copy_(like(draw, new))
 
 
@@ -285,8 +290,6 @@ def untied(model, draw, undo):
     head = model.lm_head
     if isinstance(head, nn.Linear) and "weight" in head._parameters:
         head.weight = nn.Parameter(like(draw, head.weight))
-        if not isinstance(model, fastlm.GPT2):
-            model.config.tie_word_embeddings = False  # or a resize would tie it
 
 
 @change(theirs=True)
@@ -338,6 +341,20 @@ def other_epsilon(model, draw, undo):
     found = [module for module in model.modules() if isinstance(module, nn.LayerNorm)]
     for norm in found if draw.random() < 0.5 else found[:1]:
         norm.eps = 0.3
+
+
+@change()
+def other_activation(model, draw, undo):
+    for mlp in [module for module in model.modules() if isinstance(module, MLP)]:
+        if draw.random() < 0.7:
+            mlp.act = draw.choice([nn.ReLU(), nn.GELU(), GELU()])
+
+
+@change()
+def other_scale(model, draw, undo):
+    for attention in [module for module in model.modules() if isinstance(module, Attention)]:
+        if draw.random() < 0.7:
+            attention.scale = draw.choice([None, 0.1])
 
 
 @change(theirs=True)
@@ -502,6 +519,7 @@ STANDS_IN = {
     Attention: [lambda attn, draw: Positionless(attn.c_proj.weight.shape[1], draw).to(attn.c_proj.weight.dtype)],
     Block: [lambda block, draw: Checkpointed(block),
             lambda block, draw: Positionless(block.ln_1.weight.shape[0], draw).to(block.ln_1.weight.dtype)],
+    GELU: [lambda gelu, draw: nn.Tanh()],
     nn.Linear: [lambda head, draw: nn.Sequential(copy.deepcopy(head), nn.Tanh())],
 }
 
@@ -809,10 +827,14 @@ def computed(run, *inputs, **options):
         return None
 
 
+def drawn_below(model):
+    return model.config.unpadded_vocab_size or model.config.vocab_size
+
+
 def greedy_by_hand(model, prompt):
     text = torch.as_tensor(prompt)[None]
     for _ in range(4):
-        logits = by_hand(model, text)[0][0, -1, : model.config.vocab_size]
+        logits = by_hand(model, text)[0][0, -1, : drawn_below(model)]
         text = F.pad(text, (0, 1), value=int(logits.argmax()))
     return text
 
@@ -825,7 +847,7 @@ def greedy(model, prompts, tolerance):
         return
     for prompt, row in zip(prompts, rows):
         assert row[: len(prompt)].tolist() == list(prompt) and len(row) == len(prompt) + 4
-        logits = by_hand(model, row[None, :-1])[0][0, len(prompt) - 1 :, : model.config.vocab_size].double()  # (4, V)
+        logits = by_hand(model, row[None, :-1])[0][0, len(prompt) - 1 :, : drawn_below(model)].double()  # (4, V)
         chosen = logits.gather(1, row[len(prompt) :, None])[:, 0]
         short = float((logits.amax(1) - chosen).max() / logits.abs().max().clamp(min=1))
         assert short <= 2 * tolerance, f"generate: a token {short:.1e} of the largest logit below the best"

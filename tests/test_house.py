@@ -20,17 +20,19 @@ OPS = sorted(path.stem for path in (ROOT / "fastlm" / "ops").glob("[a-z]*.py") i
 
 # From the ground up: a module imports from its own floor or a lower one. What is not named stands on its folder's.
 FLOORS = [
-    {"config", "kernels", "ops.checks", "ops.once", "backends", "measure", "dispatch.refusal", "dispatch.table"},
+    {"config", "kernels", "ops.checks", "ops.once", "backends", "measure", "dispatch.refusal", "dispatch.table",
+     "masks"},
     {"backends.reference", "backends.native"}, {"backends.vendor"}, {"backends.chunked", "backends.composed"},
     {"dispatch.forcing"}, {"dispatch"}, {"ops"}, {"fast_path", "likeness", "quantised", "data"},
-    {"generation", "pretrained"},  # they take a model for what it does, and know no class of it
+    {"activations", "heads"},
+    {"generation", "described", "pretrained"},  # they take a model for what it does, and know no class of it
     {"gpt2"}, {"training"}, {"measure.certificate"}, {"benchmarks"}, {"cli"},
 ]
 
 # The homes of the ops, and who calls some by name. What is not named speaks of ops in general.
 NAME_OPS = {
     "ops", "backends.reference", "backends.vendor", "backends.native", "backends.chunked", "backends.composed",
-    "__init__", "fast_path", "gpt2", "generation", "training", "measure.certificate",
+    "__init__", "fast_path", "activations", "heads", "gpt2", "generation", "training", "measure.certificate",
     "measure.cuts", "cli.explain", "cli.generate",
 }
 

@@ -1,8 +1,10 @@
 """The model's configuration, its files, and what both refuse."""
 
+import copy
 import json
 import math
 import struct
+import warnings
 
 import pytest
 import torch
@@ -145,9 +147,9 @@ def test_openais_own_names(saved):
         ({"n_layer": 1}, "has a tensor transformer.h.1.*, which GPT-2 has not"),
         ({"n_head": 0}, "config.json: n_head is 0"),
         ({"n_positions": -1}, "config.json: n_positions is -1"),
-        ({"activation_function": "relu"}, "activation_function is 'relu', but GPT-2 has 'gelu_new'"),
+        ({"activation_function": "mish"}, "activation_function is 'mish': .* 'gelu_new', .* 'relu'"),
         ({"model_type": "llama"}, "model_type is 'llama', but GPT-2 has 'gpt2'"),
-        ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx is True"),
+        ({"scale_attn_weights": "some"}, "scale_attn_weights is 'some"),
         ({"n_embd": 10**12}, "n_embd is 1000000000000"),
     ],
 )
@@ -155,6 +157,99 @@ def test_a_config_that_does_not_fit(saved, changes, told):
     rewrite(saved / "config.json", **changes)
     with pytest.raises(ValueError, match=told):
         fastlm.GPT2.from_pretrained(saved)
+
+
+@pytest.mark.parametrize("end, kept", [
+    (50256, None), (19, None), (-1, None), (18, 18), ([18], 18), ([50256], None), (None, None),
+])
+def test_an_end_of_text_outside_the_vocabulary_is_left_out(saved, end, kept):
+    """transformers writes GPT-2's, 50256, into every config that says nothing."""
+    rewrite(saved / "config.json", bos_token_id=18, eos_token_id=end)
+    outside, given = end is not None and kept is None, end[0] if isinstance(end, list) else end
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        model = fastlm.GPT2.from_pretrained(saved)
+    assert (model.config.bos_token_id, model.config.eos_token_id) == (18, kept)
+    assert [str(warning.message).partition(": ")[2] for warning in told] == outside * [
+        f"eos_token_id={given} lies outside the vocabulary of 19: the model has none"]
+    assert len(model.generate([[1]], max_new_tokens=4)[0]) == 5
+
+
+def test_the_end_of_text_of_gpt2s_own_vocabulary():
+    assert fastlm.GPT2Config().eos_token_id == 50256
+
+
+@pytest.mark.parametrize("end", [[17, 18], "</s>"])
+def test_an_end_of_text_that_is_no_id(saved, end):
+    rewrite(saved / "config.json", eos_token_id=end)
+    with pytest.raises(ValueError, match="config.json: eos_token_id is"):
+        fastlm.GPT2.from_pretrained(saved)
+
+
+def drop(model):
+    del model.transformer.h[-1]
+
+
+def double(model):
+    model.transformer.h.append(copy.deepcopy(model.transformer.h[0]))
+
+
+def share(model):
+    model.transformer.h[1] = model.transformer.h[0]
+    model.transformer.h[0].ln_2.weight = model.transformer.h[0].ln_1.weight
+
+
+def rectify(model):
+    for block in model.transformer.h:
+        block.mlp.act = torch.nn.ReLU()
+
+
+def more_heads(model):
+    for block in model.transformer.h:
+        block.attn.n_head = 2
+
+
+def fewer_positions(model):
+    model.transformer.wpe.weight = torch.nn.Parameter(model.transformer.wpe.weight[:5].detach())
+
+
+def other_epsilon(model):
+    for block in model.transformer.h:
+        block.ln_1.eps = block.ln_2.eps = model.transformer.ln_f.eps = 1e-3
+
+
+@pytest.mark.parametrize("change", [drop, double, share, rectify, more_heads, fewer_positions, other_epsilon])
+def test_what_is_saved_says_what_the_model_is(saved, change):
+    model = fastlm.GPT2.from_pretrained(saved)
+    change(model)
+    model.save_pretrained(saved)
+    again = fastlm.GPT2.from_pretrained(saved)
+    tokens = torch.arange(10).view(2, 5)
+    assert again.config != fastlm.GPT2Config(**SIZES) or change is share
+    torch.testing.assert_close(again(tokens)[0], model(tokens)[0], rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("change, told", [
+    (lambda h: setattr(h[1].mlp, "act", torch.nn.ReLU()), "transformer.h.1.mlp.act is ReLU.., but .* makes that GELU"),
+    (lambda h: setattr(h[0].mlp, "act", torch.nn.Mish()), "transformer.h.0.mlp.act is Mish.., but"),
+    (lambda h: setattr(h[0].mlp, "act", torch.nn.GELU("tanh")), "is GELU.approximate='tanh'., but .* makes that GELU"),
+    (lambda h: setattr(h[1].attn, "n_head", 2), "transformer.h.1.attn.n_head is 2, but .* makes that 3"),
+    (lambda h: setattr(h[0].attn, "scale", 0.3), "transformer.h.0.attn.scale is 0.3, but"),
+    (lambda h: setattr(h[1].ln_2, "eps", 0.3), "transformer.h.1.ln_2.eps is 0.3, but"),
+    (lambda h: [setattr(norm, "eps", 0.3) for block in h for norm in (block.ln_1, block.ln_2)],
+     "transformer.ln_f.eps is 1e-05, but .* makes that 0.3"),
+    (lambda h: h[0].attn.register_parameter("a", torch.nn.Parameter(torch.ones(2))), "h.0.attn.a is none of its"),
+    (lambda h: setattr(h[0], "mlp", torch.nn.Identity()), "transformer.h.0.mlp.c_fc.bias is missing"),
+    (lambda h: setattr(h[1].mlp.c_fc, "bias", None), "transformer.h.1.mlp.c_fc.bias is missing"),
+    (lambda h: h.__delitem__(slice(None)), "n_layer is 0"),
+])
+def test_what_no_file_says_is_not_saved(saved, change, told):
+    model = fastlm.GPT2.from_pretrained(saved)
+    change(model.transformer.h)
+    before = {path: path.read_bytes() for path in saved.iterdir()}
+    with pytest.raises(ValueError, match=told):
+        model.save_pretrained(saved)
+    assert before == {path: path.read_bytes() for path in saved.iterdir()}
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff\xfe", b"[" * 100_000, b'{"n_layer": 2}', b"null"])

@@ -7,6 +7,7 @@ of 8 rounding units of fp32: the two may by chance round alike.
 import numerics
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import GPU
 
 import fastlm
@@ -15,6 +16,7 @@ from fastlm.dispatch.table import TABLE
 
 pytest.importorskip("transformers", reason="transformers is not installed to compare with")
 import parity
+from transformers import GPT2LMHeadModel
 
 FLOOR = 8 * torch.finfo(torch.float32).eps
 SIZES = [
@@ -56,6 +58,61 @@ def test_forward_and_backward(index, backend):
         for net in (model, parity.twin(model, "eager"), parity.twin(model, "sdpa"))
     )
     hold("parity", backend, ours, eager, sdpa)
+
+
+@pytest.mark.parametrize("asked", [
+    *({"activation_function": name} for name in ("gelu_pytorch_tanh", "gelu_fast", "gelu", "relu", "silu", "tanh")),
+    {"scale_attn_weights": False}, {"scale_attn_by_inverse_layer_idx": True}, {"reorder_and_upcast_attn": True},
+    {"scale_attn_weights": False, "scale_attn_by_inverse_layer_idx": True}, {"n_inner": 50},
+    {"tie_word_embeddings": False}, {"tie_word_embeddings": False, "activation_function": "relu"},
+], ids=lambda asked: " ".join(f"{key}={value}" for key, value in asked.items()))
+def test_what_a_config_asks_for(asked, tmp_path):
+    """It is computed, in training and generation, and is what is saved, for us and for transformers."""
+    model = parity.make(seed=1, **{**SIZES[0], **asked})
+    tokens, targets = parity.batch(model, 4, 32)
+    ours, eager, sdpa = (
+        parity.step(net, tokens, targets)
+        for net in (model, parity.twin(model, "eager"), parity.twin(model, "sdpa"))
+    )
+    usual = parity.step(parity.make(seed=1, **SIZES[0]), tokens, targets)
+    same = asked.get("activation_function") in ("gelu_pytorch_tanh", "gelu_fast") or "reorder_and_upcast_attn" in asked
+    assert ((ours[0] - usual[0]).abs().max() < 1e-3) == same
+    hold("asked", "cpu", ours, eager, sdpa)
+    greedy_equals_transformers(model.eval(), parity.twin(model))
+    model.save_pretrained(tmp_path)
+    again, theirs = fastlm.GPT2.from_pretrained(tmp_path), GPT2LMHeadModel.from_pretrained(tmp_path)
+    assert again.config == model.config and torch.equal(again(tokens)[0], model(tokens)[0])
+    assert torch.equal(theirs(tokens).logits, parity.twin(model, "sdpa")(tokens).logits)
+
+
+@pytest.mark.parametrize("pads", ["left", "right", "anywhere"])
+def test_attention_masks(pads):
+    model = parity.make(seed=2, **SIZES[0])
+    theirs = parity.twin(model)
+    tokens, targets = parity.batch(model, 4, 20)
+    real = torch.ones(4, 20, dtype=torch.int64)
+    for row, count in enumerate((0, 1, 7, 19)):
+        where = {"left": slice(count), "right": slice(20 - count, 20)}.get(pads)
+        anywhere = torch.randperm(20, generator=torch.Generator().manual_seed(row))[:count]
+        real[row, anywhere if where is None else where] = 0
+    targets[real == 0] = -100
+    model.zero_grad()
+    wanted = theirs(tokens, attention_mask=real).logits
+    got = model(tokens, attention_mask=real)[0]
+    torch.testing.assert_close(got[real.bool()], wanted[real.bool()], rtol=1e-4, atol=2e-5)
+    loss = F.cross_entropy(wanted.flatten(0, 1), targets.flatten())
+    mine = model.loss(tokens, targets, attention_mask=real)
+    for ours in mine, model(tokens, targets, attention_mask=real.bool())[1]:
+        torch.testing.assert_close(ours, loss, rtol=1e-5, atol=1e-6)
+    mine.backward()
+    loss.backward()
+    for (name, parameter), other in zip(model.named_parameters(), theirs.parameters()):
+        torch.testing.assert_close(parameter.grad, other.grad, rtol=1e-3, atol=1e-5, msg=name)
+    if pads == "left":
+        written = model.eval().generate(tokens, attention_mask=real, max_new_tokens=8, temperature=0)
+        wanted = theirs.generate(tokens, attention_mask=real, max_new_tokens=8, do_sample=False, pad_token_id=0)
+        for row, one, other in zip(real, written, wanted):
+            assert one.tolist() == other[int((row == 0).sum()) :].tolist()
 
 
 def test_the_loss_with_and_without_logits(backend):

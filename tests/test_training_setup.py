@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 
 import pytest
 import torch
@@ -227,6 +228,46 @@ def test_a_padded_vocabulary_is_trained_on_and_its_pads_never_drawn(tmp_path, te
     trainer = Trainer(given, listeners=[notes, Sample()])
     assert trainer.run() and any("a sample" in said for said in notes.said)
     assert trainer.state.model.config.vocab_size == tokenizer.vocab_size + 40
+    assert Trainer.resume(tmp_path / "run", steps=5).run()
+
+
+@pytest.mark.parametrize("what", ["new", "padded before", "fine-tuned"])
+def test_a_vocabulary_is_padded_to_a_multiple(tmp_path, text, base, what):
+    changes = {"pad_vocab_to_multiple_of": 32, "sample_tokens": 40}
+    if what == "new":
+        config = TrainConfig(**{**SMALL, "data": str(text), "out": str(tmp_path / "run"), "steps": 4, **changes})
+    else:
+        if what == "padded before":
+            model = fastlm.GPT2.from_pretrained(base)
+            model.resize_token_embeddings(pad_to_multiple_of=32)
+            model.save_pretrained(tmp_path / "base", tokenizer=Tokenizer.load(base))
+        config = from_base(tmp_path / "base" if what == "padded before" else base, text, tmp_path / "run", **changes)
+    notes = Notes()
+    trainer = Trainer(config, listeners=[notes, Sample()])
+    tokens = trainer.tokenizer.vocab_size
+    assert tokens % 32 and trainer.run() and any("a sample" in said for said in notes.said)
+    model = fastlm.GPT2.from_pretrained(tmp_path / "run")
+    assert model.config.vocab_size == -(-tokens // 32) * 32 and model.config.unpadded_vocab_size == tokens
+    with torch.no_grad():
+        model.transformer.wte.weight[tokens:] = 3 * model.transformer.wte.weight[:1]
+    rows = model.generate([[1]], max_new_tokens=15, num_return_sequences=8, temperature=5.0)
+    assert max(int(row.max()) for row in rows) < tokens
+    assert Trainer.resume(tmp_path / "run", steps=5).run()
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("rows", [0, 7])
+def test_a_checkpoint_with_a_head_of_its_own_is_trained_on(tmp_path, text, base, bias, rows):
+    model = fastlm.GPT2.from_pretrained(base)
+    model.lm_head = torch.nn.Linear(32, model.config.vocab_size + rows, bias=bias)
+    model.save_pretrained(tmp_path / "base", tokenizer=Tokenizer.load(base))
+    trainer = Trainer(from_base(tmp_path / "base", text, tmp_path / "run", dropout=0.0))
+    before = {name: value.clone() for name, value in weights(trainer).items() if name.startswith("lm_head")}
+    assert list(before) == ["lm_head.weight", "lm_head.bias"][: 1 + bias] and trainer.run()
+    assert not any(torch.equal(value, weights(trainer)[name]) for name, value in before.items())
+    again = fastlm.GPT2.from_pretrained(tmp_path / "run")
+    assert all(torch.equal(value, weights(trainer)[name]) for name, value in again.named_parameters())
+    shutil.rmtree(tmp_path / "base")
     assert Trainer.resume(tmp_path / "run", steps=5).run()
 
 

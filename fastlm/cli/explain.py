@@ -1,20 +1,29 @@
-"""`fastlm explain`: which backend runs an op here and why, how it is launched, and the floor that its work sets."""
+"""`fastlm explain`: which backend runs an op here and why, how it is launched, and the floor that its work sets.
 
+`fastlm explain model DIR` tells which fast paths serve a model.
+"""
+
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 
 def explain(
-    op: Annotated[str, typer.Argument(help="One of fastlm's ops, e.g. attention.")],
+    op: Annotated[str, typer.Argument(help="One of fastlm's ops, e.g. attention, or: model DIR.")],
+    directory: Annotated[Path | None, typer.Argument(help="Of the model.", metavar="[DIR]")] = None,
     shape: Annotated[str | None, typer.Option(help="Sizes in place of the usual, e.g. B=8,T=1024.")] = None,
     dtype: Annotated[str, typer.Option(help="fp32, bf16 or fp16.")] = "bf16",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
 ):
     """Tell of every kernel of an op: the backend chosen, why no other, the launch, bytes and FLOPs and their floor.
 
-    Exit code 1 where the one chosen raises.
+    Exit code 1 where the one chosen raises. Of a model in DIR: whether its modules are stepped over, and why not.
     """
+    if (op == "model") != (directory is not None):
+        raise ValueError("a directory goes with `fastlm explain model DIR`, and with no op")
+    if directory is not None:
+        return _model(directory, device, dtype)
     from rich.console import Console
 
     from fastlm.benchmarks import harness
@@ -42,3 +51,22 @@ def explain(
             f"{roof.products[dtype] / 1e9:,.0f} GFLOP/s: at least {floor * 1e6:,.1f} µs, limited by {limit}",
             highlight=False, soft_wrap=True,
         )
+
+
+def _model(directory, device, dtype):
+    import torch
+
+    from fastlm import fast_path
+    from fastlm.cli.device import device_of
+    from fastlm.generation.engine import cache_dtype, why_not
+    from fastlm.gpt2 import GPT2
+    from fastlm.measure.numerics import DTYPES
+
+    model = GPT2.from_pretrained(directory, device=device_of(device), dtype=DTYPES[dtype])
+    size, kind = sum(p.numel() for p in model.parameters()), model.quantised or dtype
+    typer.echo(f"{directory}: {len(model.transformer.h)} blocks, {size / 1e6:,.1f} M numbers, {kind} on {model.device}")
+    x = torch.empty(1, 1, model.config.n_embd, dtype=model.dtype, device=model.device)
+    told = fast_path.why_not(model, "transformer.h") or fast_path.sizes(model)[1] or fast_path.whole_why_not(model, x)
+    for what, reason in (("generation, the engine of a CPU", why_not(model)), ("forward and loss, whole blocks", told)):
+        typer.echo(f"{what}: {'serves' if reason is None else f'does not: {reason}'}")
+    typer.echo(f"keys and values are kept in {str(cache_dtype(model)).removeprefix('torch.')}")

@@ -56,7 +56,7 @@ class KVCache:
         self._total = self.lengths + counts
         return positions.long()
 
-    def attend(self, layer, qkv):
+    def attend(self, layer, qkv, scale=None):
         """The attention of q over all keys and values appended so far, those of qkv (B, T, 3, H, D) too."""
         q, k, v = qkv.unbind(2)
         held = self.k_pages[layer]
@@ -66,8 +66,8 @@ class KVCache:
         pages = self.k_pages[layer], self.v_pages[layer]
         cache_append_(*pages, k, v, self.block_table, self._written)
         if self._empty:  # pads stand on the right, where no real token looks
-            return attention_qkv(qkv)
-        return decode_attention(q, *pages, self.block_table, self._total)
+            return attention_qkv(qkv, scale=scale)
+        return decode_attention(q, *pages, self.block_table, self._total, scale=scale)
 
     def end(self):
         """Closes a step: what was appended counts."""

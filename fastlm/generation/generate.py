@@ -6,7 +6,7 @@ from numbers import Integral
 import torch
 import torch.nn.functional as F
 
-from fastlm import fast_path
+from fastlm import fast_path, masks
 from fastlm.dispatch.forcing import forced
 from fastlm.generation.engine import Engine, make_cache, packed, unfit, why_not
 from fastlm.generation.inference import inference
@@ -24,14 +24,17 @@ def generate_tokens(model, tokens, **options):
 
     tokens: (B, T) int64, or a list of 1-D prompts of any lengths (tensors, or lists of ids); options as for
     `stream_tokens`, and batch_size, the most rows that are computed at once, all unless given: results and
-    draws are the same. With num_return_sequences = n every prompt gives n neighbouring results. There are no
-    pads; a result that met its end of text ends with that token.
+    draws are the same; and attention_mask (B, T), where tokens have that shape and pads, wherever they stand: 1 where
+    a token is real. With num_return_sequences = n every prompt gives n neighbouring results. There are no pads in
+    results; one that met its end of text ends with that token.
     """
     return [row for rows in generate_batches(model, tokens, **options) for row in rows]
 
 
-def generate_batches(model, tokens, *, batch_size=None, **options):
+def generate_batches(model, tokens, *, batch_size=None, attention_mask=None, **options):
     """Yields the results of `generate_tokens` as they come, a list for every batch of at most batch_size rows."""
+    if attention_mask is not None:
+        tokens = _real(tokens, attention_mask)
     prompts, n = _prompts(model, tokens), _whole("num_return_sequences", options.get("num_return_sequences", 1))
     size = len(prompts) if batch_size is None else max(1, _whole("batch_size", batch_size) // n)
     if size < len(prompts):
@@ -62,17 +65,18 @@ def stream_tokens(
     A row ends after max_new_tokens, or when prompt and new tokens together are max_length long (one of the
     two; 50 new tokens, or as many as fit, unless given), or with the token stop_at: the model's end of text
     unless given, None never. temperature 0 is greedy; top_k and top_p narrow the draw, in this order; ids are
-    below vocab_size, the model's unless given. seed makes draws repeatable (torch's generator gives one
-    otherwise): a token depends on it, on the numbers of its prompt and sequence and on what stands before it,
-    not on the other rows; first_prompt is the first one's number, where others went before. Raises ValueError,
-    before anything is computed, for what does not fit.
+    below vocab_size, the model's without its padding unless given. seed makes draws repeatable (torch's
+    generator gives one otherwise): a token depends on it, on the numbers of its prompt and sequence and on what
+    stands before it, not on the other rows; first_prompt is the first one's number, where others went before.
+    Raises ValueError, before anything is computed, for what does not fit.
     """
     prompts = _prompts(model, tokens)
     check_sampling(temperature, top_k, top_p, seed)
     n = _whole("num_return_sequences", num_return_sequences)
     room = _room(model, prompts, max_new_tokens, max_length)
     V = model.config.vocab_size
-    vocab_size = V if vocab_size is None else min(V, _whole("vocab_size", vocab_size))
+    drawn = model.config.unpadded_vocab_size or V
+    vocab_size = drawn if vocab_size is None else min(drawn, _whole("vocab_size", vocab_size))
     stop = model.config.eos_token_id if stop_at is END else stop_at
     if stop is not None and not (isinstance(stop, Integral) and 0 <= stop < V):
         raise ValueError(f"stop_at is {stop!r}, wanted a token id below vocab_size {V}, or None to go on")
@@ -139,6 +143,14 @@ def _whole(name, value):
     if not isinstance(value, Integral) or value < 1:
         raise ValueError(f"{name} is {value!r}, wanted a whole number ≥ 1")
     return int(value)
+
+
+def _real(tokens, mask):
+    """The prompts without the pads that a mask, 1 where a token is real, tells of."""
+    if not isinstance(tokens, torch.Tensor) or tokens.dim() != 2:
+        raise ValueError(f"attention_mask goes with tokens (B, T), got {type(tokens).__name__}; prompts of a list have "
+                         "no pads")
+    return [row[real] for row, real in zip(tokens, masks.check("generate", mask, tokens))]
 
 
 def _prompts(model, tokens):

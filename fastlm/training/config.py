@@ -54,6 +54,7 @@ class TrainConfig(BaseModel):
     n_head: int = Field(12, ge=1, le=1024)
     n_embd: int = Field(768, ge=1, le=2**16)
     dropout: float = Field(0.0, ge=0, lt=1)
+    pad_vocab_to_multiple_of: int = Field(1, ge=1, le=2**16, description="rows that are trained and never drawn")
     init_from: str | None = Field(None, description="a model directory to start from instead of random weights")
 
     sequence_length: int = Field(1024, ge=1, le=2**20)

@@ -15,7 +15,7 @@ from fastlm.data.tokenizer import Tokenizer, has_tokenizer
 from fastlm.dispatch.table import TABLE
 from fastlm.gpt2 import GPT2
 from fastlm.ops import adamw_
-from fastlm.pretrained import find
+from fastlm.pretrained import find, shape_head
 from fastlm.training.config import TrainConfig
 from fastlm.training.step import autocast
 
@@ -156,14 +156,15 @@ def find_loaders(config, directory, tokenizer):
     return loaders if len(loaders) == 2 else (*loaders, None)
 
 
-def make_model(config, tokenizer, *, asked=(), resumed=False):
+def make_model(config, tokenizer, *, asked=(), resumed=None):
     """The GPT2 to train, on the CPU: with random weights, or those of init_from, whose sizes are its own.
 
-    Dropout is the setting where it was asked for, otherwise the checkpoint's. A run that is resumed has what its
-    OUT/config.json says; init_from is not read again. Raises ValueError where a size that was asked for is not that
-    of init_from, or where that has fewer tokens than the text needs, or positions for shorter sequences.
+    Dropout is the setting where it was asked for, otherwise the checkpoint's. A run that goes on from the checkpoint
+    `resumed` has the sizes of that and of OUT/config.json; init_from is not read again. Raises ValueError where a size
+    that was asked for is not that of init_from, or where that has fewer tokens than the text needs, or positions for
+    shorter sequences.
     """
-    vocab = tokenizer.vocab_size
+    vocab, multiple = tokenizer.vocab_size, config.pad_vocab_to_multiple_of
     if config.init_from is not None:
         model = _base_model(config, asked, resumed)
         roles = {tokenizer.backend.token_to_id(token) for token in tokenizer.roles.values() if isinstance(token, str)}
@@ -174,32 +175,35 @@ def make_model(config, tokenizer, *, asked=(), resumed=False):
                 f"{model.config.n_positions}, but the run needs {vocab} and {config.sequence_length}; set "
                 f"sequence_length to {model.config.n_positions} or less, and take its own tokenizer"
             )
+        if model.config.vocab_size % multiple:
+            model.resize_token_embeddings(pad_to_multiple_of=multiple)
+        if model.config.unpadded_vocab_size is None and vocab < model.config.vocab_size:
+            model.config = model.config.model_copy(update={"unpadded_vocab_size": vocab})
         return model
-    end = tokenizer.end_of_text
+    end, rows = tokenizer.end_of_text, -(-vocab // multiple) * multiple
     return GPT2(GPT2Config(
-        vocab_size=vocab, n_positions=config.sequence_length, n_embd=config.n_embd, n_layer=config.n_layer,
+        vocab_size=rows, n_positions=config.sequence_length, n_embd=config.n_embd, n_layer=config.n_layer,
         n_head=config.n_head, embd_pdrop=config.dropout, attn_pdrop=config.dropout, resid_pdrop=config.dropout,
-        bos_token_id=end, eos_token_id=end,
+        bos_token_id=end, eos_token_id=end, unpadded_vocab_size=vocab if vocab < rows else None,
     ))
 
 
 def _base_model(config, asked, resumed):
     saved = Path(config.out) / "config.json"
-    if resumed and saved.is_file():
-        base, model = GPT2Config.load(saved), None
+    if resumed is not None and saved.is_file():
+        model = GPT2(GPT2Config.load(saved))
+        shape_head(model, resumed)
     else:
         model = GPT2.from_pretrained(config.init_from)
-        base = model.config
     for name in SIZES:
-        if name in asked and getattr(config, name) != getattr(base, name):
+        if name in asked and getattr(config, name) != getattr(model.config, name):
             raise ValueError(f"{name} is {getattr(config, name)}, but init_from={config.init_from} has "
-                             f"{getattr(base, name)}; leave {name} out")
-    changes = dict.fromkeys(DROPOUTS, config.dropout) if "dropout" in asked else {}
-    if model is None or any(getattr(base, name) != value for name, value in changes.items()):
-        other = GPT2(GPT2Config(**{**base.model_dump(), **changes}))
-        if model is not None:
-            other.load_state_dict(model.state_dict())
-        model = other
+                             f"{getattr(model.config, name)}; leave {name} out")
+    if "dropout" in asked:
+        model.config = model.config.model_copy(update=dict.fromkeys(DROPOUTS, config.dropout))
+        for block in model.transformer.h:
+            block.attn.dropout = block.attn.residual_dropout = block.mlp.residual_dropout = config.dropout
+    model.quantised = None  # what is trained is rounded no more
     return model.train()
 
 

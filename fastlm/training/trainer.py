@@ -58,7 +58,7 @@ class Trainer:
         if held_out > (config.eval_tokens or held_out):
             self.tell("say", f"an evaluation reads {config.eval_tokens:,} of {held_out:,} held-out tokens")
         torch.manual_seed(config.seed)
-        model = make_model(config, self.tokenizer, asked=asked, resumed=again).to(self.device)
+        model = make_model(config, self.tokenizer, asked=asked, resumed=resumed).to(self.device)
         self.config = config = settled(config, model, data)
         for loader in filter(None, (self.train_data, self.val_data)):
             loader.vocab_size = min(loader.vocab_size, model.config.vocab_size)

@@ -1,0 +1,74 @@
+"""Heads and vocabularies: the loss under any head, its logits a part at a time, and tables of another length."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from fastlm import fast_path
+from fastlm.ops import linear_xent, softmax_xent
+from fastlm.ops.once import transformed
+from fastlm.quantised import quantise_
+
+LOGITS = 2**26  # numbers of logits that exist together under a head of somebody's own
+ALIGNED = 16  # columns that a bias becomes, of which one counts
+
+
+def loss_of(head, hidden, targets, vocab_size):
+    """The mean loss of targets (B, T), -100 ignored, under a head of hidden states (B, T, C).
+
+    A head of another class, or with hooks, is called on as many whole sequences as have LOGITS logits, and called again
+    in the backward, as often.
+    """
+    if fast_path.is_plain(head, nn.Linear):
+        h, w = hidden.view(-1, hidden.shape[-1]), head.weight
+        if head.bias is not None:  # one more input, that is 1
+            h = F.pad(F.pad(h, (0, 1), value=1.0), (0, ALIGNED - 1))
+            w = F.pad(torch.cat([w, head.bias[:, None]], 1), (0, ALIGNED - 1))
+        return linear_xent(h, w, targets.reshape(-1))
+    rows = max(1, LOGITS // vocab_size)
+    if targets.numel() <= rows or transformed():
+        return _loss(head, hidden, targets, "mean")
+    B, T = targets.shape
+    parts = [(of_h, of_y) for some_h, some_y in zip(hidden.split(max(1, rows // T)), targets.split(max(1, rows // T)))
+             for of_h, of_y in zip(some_h.split(rows, 1), some_y.split(rows, 1))]
+    total = sum(checkpoint(_loss, head, of_h, of_y, "sum", use_reentrant=False) for of_h, of_y in parts)
+    return total / (targets != -100).sum()
+
+
+def _loss(head, hidden, targets, reduction):
+    logits = head(hidden)
+    return softmax_xent(logits.view(-1, logits.shape[-1]), targets.reshape(-1), reduction=reduction)
+
+
+@torch.no_grad()
+def resize(model, count, multiple):
+    """GPT2.resize_token_embeddings."""
+    wte, head, old = model.transformer.wte, model.lm_head, model.config.vocab_size
+    asked = old if count is None else count
+    for name, value, least in (("new_num_tokens", asked, 1), ("pad_to_multiple_of", multiple or 1, 1)):
+        if not isinstance(value, int) or value < least:
+            raise ValueError(f"resize_token_embeddings: {name} is {value!r}, wanted a whole number ≥ {least}")
+    for name, module, kind in (("transformer.wte", wte, nn.Embedding), ("lm_head", head, nn.Linear)):
+        if not isinstance(module, kind) or not isinstance(module.weight, nn.Parameter):
+            raise ValueError(f"resize_token_embeddings: {name} is a {type(module).__name__}, wanted a {kind.__name__} "
+                             "with a weight of its own; merge adapters before")
+    rows, tied = -(-asked // (multiple or 1)) * (multiple or 1), head.weight is wte.weight
+    config = {**model.config.model_dump(), "vocab_size": rows, "unpadded_vocab_size": None if rows == asked else asked}
+    for end in ("bos_token_id", "eos_token_id"):
+        if (config[end] or 0) >= asked:
+            config[end] = None
+    model.config = type(model.config)(**config)
+    wte.weight, wte.num_embeddings = _of_length(wte.weight, rows), rows
+    head.weight, head.out_features = wte.weight if tied else _of_length(head.weight, rows), rows
+    if head.bias is not None:
+        head.bias = _of_length(head.bias, rows)
+    return wte if model.quantised is None else quantise_(model, model.quantised).transformer.wte
+
+
+def _of_length(parameter, rows):
+    new = parameter.detach()[:rows]
+    if rows > len(parameter):
+        mean = new.float().mean(0, keepdim=True).to(new.dtype)
+        new = torch.cat([new, mean.expand(rows - len(new), *new.shape[1:])])
+    return nn.Parameter(new.clone(), requires_grad=parameter.requires_grad)
