@@ -11,6 +11,7 @@ import copy
 import functools
 import pickle
 import random
+import sys
 from collections import Counter
 from typing import NamedTuple
 
@@ -175,7 +176,7 @@ def edited(model, draw, undo):
             case 1:
                 parameter.data = like(draw, parameter)
             case 2:
-                parameter.data[draw.randrange(len(parameter))] += 1.5
+                parameter.data[draw.randrange(2) :: 2] += 0.5
             case 3 if parameter.dtype != torch.bfloat16:
                 parameter.detach().numpy()[...] *= draw.choice(FACTORS)
             case 4:
@@ -209,7 +210,8 @@ def cast_further(model, draw, undo):
 
 @change(harmless=True)
 def copied(model, draw, undo):
-    with contextlib.suppress(AttributeError, TypeError, pickle.PicklingError):  # hooks that have no name
+    # Hooks that have no name, parametrizations.
+    with contextlib.suppress(AttributeError, TypeError, RuntimeError, pickle.PicklingError):
         if draw.random() < 0.5:
             return pickle.loads(pickle.dumps(model))
     return copy.deepcopy(model)
@@ -248,7 +250,7 @@ def resized(model, draw, undo):
             model.config.tie_word_embeddings = tables[0].weight is tables[1].weight  # or it would tie them
         model.resize_token_embeddings(n, pad_to_multiple_of=draw.choice([None, 8, 64]))
         with torch.no_grad():
-            for table, count in zip(tables, before):
+            for table, count in zip((model.transformer.wte, model.lm_head), before):
                 for new in [parameter[count:] for parameter in table.parameters() if len(parameter) > count]:
                     new.copy_(like(draw, new))
 
@@ -338,9 +340,9 @@ def head_bias(model, draw, undo):
 
 @change(theirs=True)
 def other_epsilon(model, draw, undo):
-    found = [module for module in model.modules() if isinstance(module, nn.LayerNorm)]
-    for norm in found if draw.random() < 0.5 else found[:1]:
-        norm.eps = 0.3
+    for norm in [module for module in model.modules() if isinstance(module, nn.LayerNorm)]:
+        if draw.random() < 0.5:
+            norm.eps = 0.3
 
 
 @change()
@@ -446,8 +448,7 @@ class AlikeMLP(MLP):
 
 class OwnGPT2(GPT2):
     def forward(self, tokens, *rest, **options):
-        logits, loss = super().forward(tokens, *rest, **options)
-        return -logits, loss
+        return both(super().forward(tokens, *rest, **options), -1)
 
 
 class OwnHidden(GPT2):
@@ -456,14 +457,31 @@ class OwnHidden(GPT2):
 
 
 OWN = {Conv1D: [OwnConv1D], Embedding: [OwnEmbedding], LayerNorm: [OwnNorm], Attention: [OwnAttention],
-       MLP: [OwnMLP, AlikeMLP], Block: [OwnBlock], nn.Linear: [OwnLinear], GPT2: [OwnGPT2, OwnHidden]}
+       MLP: [OwnMLP, AlikeMLP], Block: [OwnBlock], nn.Linear: [OwnLinear]}
 
 
 @change()
 def of_another_class(model, draw, undo):
-    module = model if draw.random() < 0.1 else a_module(model, draw, *OWN)
-    if type(module) in OWN:
+    if (module := a_module(model, draw, *OWN)) is not None:
         module.__class__ = draw.choice(OWN[type(module)])
+
+
+@change()
+def more_than_its_parts(model, draw, undo):
+    """The model itself: its class, its forward, its hooks."""
+    factor = draw.choice(FACTORS)
+    match draw.randrange(3):
+        case 0 if type(model) is GPT2:
+            model.__class__ = draw.choice([OwnGPT2, OwnHidden])
+        case 1 if "forward" not in vars(model):
+            model.forward = lambda *inputs, **options: both(type(model).forward(model, *inputs, **options), factor)
+        case _:
+            model.register_forward_hook(lambda _, inputs, output: both(output, factor))
+
+
+def both(output, factor):
+    logits, loss = output
+    return logits * factor, None if loss is None else loss * factor
 
 
 class Positionless(nn.Module):
@@ -659,8 +677,7 @@ def call_of_all_modules(model, draw, undo):
 
 @change()
 def other_heads(model, draw, undo):
-    found = [module for module in model.modules() if isinstance(module, Attention)]
-    for attention in found if draw.random() < 0.5 else found[:1]:
+    for attention in [module for module in model.modules() if isinstance(module, Attention)]:
         attention.n_head = draw.choice([1, 2, 4])
 
 
@@ -669,8 +686,9 @@ def dropout(model, draw, undo):
     for module in model.modules():
         if isinstance(module, (Attention, MLP)) and draw.random() < 0.6:
             module.residual_dropout = 0.5
-            if isinstance(module, Attention) and draw.random() < 0.3:
+            if isinstance(module, Attention) and draw.random() < 0.5:
                 module.dropout = 0.5
+    model.train(draw.random() < 0.7)
 
 
 def _prune(module, inputs):
@@ -746,10 +764,10 @@ class Result(NamedTuple):
 
 def plan(number):
     draw = random.Random(number)
-    pool = draw.choice([
-        [name for name, one in CHANGES.items() if one.harmless], [name for name, one in CHANGES.items() if one.theirs],
-        list(CHANGES), list(CHANGES)])
-    names = [draw.choice(pool) for _ in range(draw.randint(1, 3) + 1)]
+    harmless = [name for name, one in CHANGES.items() if one.harmless]
+    pool = draw.choice([harmless, [name for name, one in CHANGES.items() if one.theirs], list(CHANGES), list(CHANGES)])
+    names = [draw.choice(pool) for _ in range(draw.randint(0, 2))] + [draw.choice([*pool, *["edited"] * 4])]
+    names.insert(draw.randint(0, len(names) - 1), pool[number % len(pool)])  # so that few cases have all of them
     sizes = {"n_embd": draw.choice([32, 64]), "n_layer": draw.randint(1, 3), "n_head": draw.choice([2, 4])}
     return Plan(sizes, names, draw.random() < 0.5)
 
@@ -996,3 +1014,136 @@ def test_some_changed_models(tell):
 @pytest.mark.parametrize("first", range(0, 2000, 200))
 def test_many_changed_models(first, tell):
     run(range(first, first + 200), tell)
+
+
+# ---- what was found
+
+TOKENS = torch.arange(24).view(2, 12) * 7 % V
+SIZES = {"n_embd": 32, "n_layer": 2, "n_head": 2}
+
+
+@pytest.fixture
+def model():
+    return make(5, SIZES)
+
+
+def says(model, tokens, **options):
+    return [row.tolist() for row in model.generate(tokens, max_new_tokens=6, temperature=0, **options)]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("whose", ["a module's", "all modules'"])
+def test_a_call_below_call_counts(model, whose, monkeypatch):
+    before, wanted = model(TOKENS)[0], by_hand(model, TOKENS)[0]
+    torch.testing.assert_close(before, wanted, rtol=1e-4, atol=1e-4)
+    call, mlp = nn.Module._call_impl, model.transformer.h[1].mlp
+    doubled = lambda self, *inputs: call(self, *inputs) * (2 if self is mlp else 1)  # noqa: E731
+    if whose == "a module's":
+        mlp._call_impl = functools.partial(doubled, mlp)
+    else:
+        monkeypatch.setattr(nn.Module, "_call_impl", lambda self, *inputs, **options: (
+            doubled(self, *inputs) if self is mlp else call(self, *inputs, **options)))
+    assert model.why_slow() is not None
+    wanted = by_hand(model, TOKENS)[0]
+    assert (wanted - before).abs().max() > 0.1
+    torch.testing.assert_close(model(TOKENS)[0], wanted, rtol=1e-4, atol=1e-4)
+    greedy(model, TOKENS, 1e-4)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("what", ["hook", "forward", "class"])
+def test_a_model_that_is_more_than_its_parts(model, what):
+    """In its loss, in what it generates, of prompts of any lengths and several times, and in its perplexity."""
+    plain, last = copy.deepcopy(model), 2 * model(TOKENS, TOKENS)[1]
+    shift = 3 * torch.randn(V)
+
+    def shifted(output):
+        return output[0] + shift, None if output[1] is None else output[1] * 2
+
+    class Shifted(GPT2):
+        def forward(self, *inputs, **options):
+            return shifted(super().forward(*inputs, **options))
+
+    if what == "hook":
+        model.register_forward_hook(lambda _, inputs, output: shifted(output))
+    elif what == "forward":
+        model.forward = lambda *inputs, **options: shifted(GPT2.forward(model, *inputs, **options))
+    else:
+        model.__class__ = Shifted
+    torch.testing.assert_close(model.loss(TOKENS, TOKENS), last)
+    plain.lm_head.bias = nn.Parameter(shift)
+    prompts = [[1, 2, 3], [4], [5, 6, 7, 8, 9]]
+    assert says(model, prompts) == says(plain, prompts) and says(model, prompts) != says(make(5, SIZES), prompts)
+    drawn = [says(one, prompts, num_return_sequences=2, batch_size=2) for one in (model, plain)]
+    assert drawn[0] == drawn[1] and len(drawn[0]) == 6
+    stop = says(plain, prompts)[0][4]
+    assert says(model, prompts, stop_at=stop) == says(plain, prompts, stop_at=stop)
+    assert perplexity(model, range(60)) == pytest.approx(perplexity(plain, range(60)), rel=1e-4)
+
+
+def test_an_attentions_own_dropout(model):
+    wanted = model(TOKENS)[0]
+    for block in model.transformer.h:
+        block.attn.dropout = 0.5
+    assert torch.equal(model(TOKENS)[0], wanted)
+    model.train()
+    assert not torch.equal(model(TOKENS)[0], model(TOKENS)[0])
+    model.transformer.h[0].attn.eval()
+    model.transformer.h[1].attn.dropout = 0.0
+    torch.testing.assert_close(model(TOKENS)[0], wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("lacking", ["bias", "weight"])
+def test_a_norm_without_weight_or_bias(model, lacking):
+    same = copy.deepcopy(model)
+    for name in "ln_1", "ln_2":
+        norm, other = (getattr(one.transformer.h[0], name) for one in (model, same))
+        setattr(norm, lacking, None)
+        getattr(other, lacking).data.fill_(lacking == "weight")
+    torch.testing.assert_close(model(TOKENS)[0], same(TOKENS)[0])
+    assert says(model, TOKENS) == says(same, TOKENS)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_an_embedding_without_a_parameter(model):
+    wanted = model(TOKENS)[0]
+    model.transformer.wte = Sinusoids(0, None, model.transformer.wte.weight.detach().clone())
+    assert model.dtype == torch.float32 and model.device.type == "cpu"
+    torch.testing.assert_close(model(TOKENS)[0], wanted)
+    greedy(model, TOKENS, 1e-4)
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_parametrizations_that_are_taken_back(model, known, monkeypatch):
+    """Where transformers is imported, whose Conv1D a parametrized one is of, too."""
+    if known:
+        pytest.importorskip("transformers.pytorch_utils")
+    else:
+        monkeypatch.delitem(sys.modules, "transformers.pytorch_utils", raising=False)
+    layer = model.transformer.h[0].mlp.c_fc
+    nn.utils.parametrize.register_parametrization(layer, "weight", Doubled())
+    assert model.why_slow() is not None
+    nn.utils.parametrize.remove_parametrizations(layer, "weight")
+    assert type(layer) is Conv1D and model.why_slow() is None
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_what_does_not_fit_is_named(model):
+    cases = {
+        r"transformer.h.1.mlp.c_fc.weight is \(32, 128\) torch.bfloat16": lambda m: m.transformer.h[1].mlp.c_fc,
+        "the blocks are torch.float32, what comes from the embeddings is torch.float64": lambda m: m.transformer.wpe,
+        "lm_head.weight is torch.bfloat16, but the hidden states are torch.float32": lambda m: m.lm_head}
+    for told, part in cases.items():
+        changed = copy.deepcopy(model)
+        changed.lm_head.weight = nn.Parameter(changed.lm_head.weight.detach().clone())
+        part(changed).to(torch.float64 if "float64" in told else torch.bfloat16)
+        with pytest.raises((ValueError, TypeError), match=told):
+            changed(TOKENS)
+    for name, told in (("wte", "token id 63 at .*, wanted 0 ≤ id < vocab_size 60"), ("wpe", "n_positions=5")):
+        changed = copy.deepcopy(model)
+        table = changed.transformer[name]
+        table.weight = nn.Parameter(table.weight.detach()[: 60 if name == "wte" else 5].clone())
+        for run in changed, changed.generate:
+            with pytest.raises(ValueError, match=told):
+                run(TOKENS)
