@@ -155,6 +155,17 @@ def a_module(model, draw, *kinds):
     return draw.choice(found) if found else None
 
 
+def times(module, name, factor, *inputs, **options):
+    """What a method of a module's class gives, times a factor; a partial of it is copied with its module."""
+    output = getattr(type(module), name)(module, *inputs, **options)
+    return both(output, factor) if isinstance(module, GPT2) and name != "hidden" else scaled(output, factor)
+
+
+def both(output, factor):
+    logits, loss = output
+    return logits * factor, None if loss is None else loss * factor
+
+
 def scaled(output, factor):
     return (output[0] * factor, *output[1:]) if isinstance(output, tuple) else output * factor
 
@@ -474,14 +485,9 @@ def more_than_its_parts(model, draw, undo):
         case 0 if type(model) is GPT2:
             model.__class__ = draw.choice([OwnGPT2, OwnHidden])
         case 1 if "forward" not in vars(model):
-            model.forward = lambda *inputs, **options: both(type(model).forward(model, *inputs, **options), factor)
+            model.forward = functools.partial(times, model, "forward", factor)
         case _:
             model.register_forward_hook(lambda _, inputs, output: both(output, factor))
-
-
-def both(output, factor):
-    logits, loss = output
-    return logits * factor, None if loss is None else loss * factor
 
 
 class Positionless(nn.Module):
@@ -633,22 +639,21 @@ def hooked_everywhere(model, draw, undo):
 def forward_of_an_instance(model, draw, undo):
     module, factor = a_module(model, draw), draw.choice(FACTORS)
     if "forward" not in vars(module):
-        module.forward = lambda *inputs, **options: scaled(type(module).forward(module, *inputs, **options), factor)
+        module.forward = functools.partial(times, module, "forward", factor)
 
 
 @change()
 def call_of_an_instance(model, draw, undo):
     module, factor = a_module(model, draw), draw.choice(FACTORS)
     if "_call_impl" not in vars(module):
-        module._call_impl = lambda *inputs, **options: scaled(
-            type(module)._call_impl(module, *inputs, **options), factor)
+        module._call_impl = functools.partial(times, module, "_call_impl", factor)
 
 
 @change()
 def hidden_of_the_model(model, draw, undo):
     factor = draw.choice(FACTORS)
     if "hidden" not in vars(model):
-        model.hidden = lambda *inputs, **options: type(model).hidden(model, *inputs, **options) * factor
+        model.hidden = functools.partial(times, model, "hidden", factor)
 
 
 @change()
