@@ -211,7 +211,7 @@ def whole_why_not(model, x):
     if x.device.type != "cpu" or x.dtype != torch.float32 or model.dtype != x.dtype or torch.is_autocast_enabled("cpu"):
         return f"whole blocks run on a CPU in float32, without autocast; x is {x.dtype} on {x.device}"
     parts = [part for block in model.transformer.h for part in (block.attn, block.mlp)]
-    if model.drops_attention() or any(part.training and part.residual_dropout for part in parts):
+    if any(part.training and (part.residual_dropout or getattr(part, "dropout", 0)) for part in parts):
         return "whole blocks have no dropout"
     if (backend := forced("gpt2_blocks")) is not None:
         return None if backend == "cpu" else f"the backend {backend} is forced: the parts run"

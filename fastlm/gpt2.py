@@ -280,8 +280,8 @@ class GPT2(nn.Module):
         if tokens.device != self.device:
             raise ValueError(f"GPT2: tokens are on {tokens.device}, but the model is on {self.device}")
         V, P = self._rows("wte", self.config.vocab_size), self._rows("wpe", self.config.n_positions)
-        length = tokens.shape[1]
-        if positions is not None and not torch.compiler.is_compiling() and positions.device.type == "cpu":
+        length = tokens.shape[1] if positions is None else 0
+        if positions is not None and positions.device.type == "cpu" and not torch.compiler.is_compiling():
             length = 1 + int(beneath(positions).max()) if positions.numel() else 0
         if length > P:
             raise ValueError(f"GPT2: {length} tokens a sequence, but the model has n_positions={P}")
