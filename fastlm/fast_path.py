@@ -21,7 +21,7 @@ from fastlm.ops import BLOCK_WEIGHTS, gpt2_blocks
 AT_ONCE = 2**22  # weights of the blocks that one call of gpt2_blocks takes: their gradients exist together
 PARTS = "layer_norm", "attention", "bias_gelu"  # the ops that whole blocks stand for
 HOOKS = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"  # of a module
-CALLS = "__call__", "forward", "unadded", "hidden"  # what a fast path stands for, of a class that has it
+CALLS = "__call__", "_call_impl", "forward", "unadded", "hidden"  # what a fast path stands for, of a class that has it
 
 
 class _Plain(NamedTuple):
@@ -79,8 +79,9 @@ def _odd(name, module, place, patched):
         return name, f"is {'a ' if known else 'of a class of its own, '}{type(module).__name__}", False
     if kind in patched:
         return name, f"is a {kind.__name__} whose forward was replaced", False
-    if "forward" in module.__dict__:
-        return name, "has a forward of its own", False
+    for call in CALLS:
+        if call in module.__dict__:
+            return name, f"has a {call} of its own", False
     if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
         return name, "has hooks", all(_ours(hook) for hooks in HOOKS for hook in getattr(module, hooks).values())
     if isinstance(place, list):
@@ -96,6 +97,15 @@ def _odd(name, module, place, patched):
 def is_plain(module, kind):
     """Whether a module is of exactly the plain class `kind`, and nobody else has a part in its forward."""
     return not _hooked_all() and _odd("", module, kind, [kind] if _patched(kind) else []) is None
+
+
+def own_call(model):
+    """Whether somebody has a part in `model(tokens)` beside the modules: a forward, or hooks, of the model itself."""
+    kind = plain_kind(model)
+    for call in "__call__", "_call_impl", "forward":
+        if call in model.__dict__ or getattr(type(model), call) is not _PLAIN[kind].calls[call]:
+            return True
+    return any(not _ours(hook) for hooks in HOOKS for hook in getattr(model, hooks).values())
 
 
 def _hooked_all():
@@ -180,10 +190,17 @@ def hidden(model, x, attends, seeds):
         tell(model, "transformer.h")
     if not len(blocks) or why_not(model, "transformer.ln_f") is not None:
         return None
-    added = None
-    for block, attend, seed in zip(blocks, attends, seeds, strict=True):
-        x, added = block.unadded(x, added, attend, seed)
-    return ln_f(added, x)[0]
+    added, given = None, x.dtype
+    try:
+        for block, attend, seed in zip(blocks, attends, seeds, strict=True):
+            x, added = block.unadded(x, added, attend, seed)
+        return ln_f(added, x)[0]
+    except RuntimeError as error:
+        fit, told = sizes(model)
+        if told is None and fit.dtype == given:
+            raise
+        told = told or f"the blocks are {fit.dtype}, what comes from the embeddings is {given}"
+        raise ValueError(f"GPT2: {told}") from error  # torch's words name no module
 
 
 def whole_why_not(model, x):
@@ -194,7 +211,7 @@ def whole_why_not(model, x):
     if x.device.type != "cpu" or x.dtype != torch.float32 or model.dtype != x.dtype or torch.is_autocast_enabled("cpu"):
         return f"whole blocks run on a CPU in float32, without autocast; x is {x.dtype} on {x.device}"
     parts = [part for block in model.transformer.h for part in (block.attn, block.mlp)]
-    if (model.training and model.config.attn_pdrop) or any(part.training and part.residual_dropout for part in parts):
+    if any(part.training and (part.residual_dropout or getattr(part, "dropout", 0)) for part in parts):
         return "whole blocks have no dropout"
     if (backend := forced("gpt2_blocks")) is not None:
         return None if backend == "cpu" else f"the backend {backend} is forced: the parts run"

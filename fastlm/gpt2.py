@@ -48,7 +48,9 @@ class LayerNorm(nn.LayerNorm):
     def forward(self, x, residual=None):
         dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else None
         flat = None if residual is None else residual.reshape(-1, x.shape[-1])
-        y = layer_norm(x.reshape(-1, x.shape[-1]), self.weight, self.bias, residual=flat, epsilon=self.eps, dtype=dtype)
+        weight = x.new_ones(x.shape[-1]) if self.weight is None else self.weight  # as torch's norm may lack them
+        bias = torch.zeros_like(weight) if self.bias is None else self.bias
+        y = layer_norm(x.reshape(-1, x.shape[-1]), weight, bias, residual=flat, epsilon=self.eps, dtype=dtype)
         return y.view(x.shape) if residual is None else (y[0].view(x.shape), y[1].view(x.shape))
 
 
@@ -73,7 +75,7 @@ class Attention(nn.Module):
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
         if attend is not None:
             o = attend(qkv) if self.scale is None else attend(qkv, scale=self.scale)
-        elif seed is None:
+        elif seed is None or not self.training:
             o = attention_qkv(qkv, scale=self.scale)
         else:
             o = attention_qkv(qkv, scale=self.scale, dropout=self.dropout, seed=seed)
@@ -173,9 +175,9 @@ class GPT2(nn.Module):
         return self._first_weight().dtype
 
     def _first_weight(self):
-        """wte's, or of what stands in its place."""
+        """wte's, or of what stands in its place, or the next one's."""
         wte = self.transformer.wte
-        return wte.weight if isinstance(wte, nn.Embedding) else next(wte.parameters())
+        return wte.weight if isinstance(wte, nn.Embedding) else next(self.transformer.parameters())
 
     def hidden(self, tokens, *, positions=None, cache=None, seed=None, sparse=False, attention_mask=None):
         """The final hidden states (B, T, C), normalised, of tokens (B, T) int64.
@@ -195,7 +197,7 @@ class GPT2(nn.Module):
         seeds = list(attends)
         if cache is not None:
             attends = [partial(cache.attend, layer) for layer in range(len(blocks))]
-        elif self.training and self.config.attn_pdrop:
+        elif self.drops_attention():
             seeds = self._layer_seeds(seed)
         wte = self.transformer.wte
         x = (wte(tokens, sparse=True) if sparse else wte(tokens)) + self.transformer.wpe(positions)
@@ -217,6 +219,11 @@ class GPT2(nn.Module):
         hidden = self.hidden(tokens.gather(1, order), positions=positions, **options)
         return hidden.gather(1, back[..., None].expand_as(hidden))
 
+    def drops_attention(self):
+        """Whether some attention has dropout, in the mode and with the share that it has itself."""
+        return any(isinstance(part, Attention) and part.training and part.dropout
+                   for part in self.transformer.h.modules())
+
     def _layer_seeds(self, seed):
         """The dropout seed of every layer, (4,) each: seed, step, layer, first sequence."""
         if seed is None:
@@ -234,7 +241,11 @@ class GPT2(nn.Module):
         """
         if targets is not None:
             self._check_targets(tokens, targets)
-        logits = self.lm_head(self.hidden(tokens, seed=seed, attention_mask=attention_mask))
+        hidden, head = self.hidden(tokens, seed=seed, attention_mask=attention_mask), self.lm_head
+        strict = not torch.is_autocast_enabled(hidden.device.type) and fast_path.is_plain(head, nn.Linear)
+        if strict and head.weight.dtype != hidden.dtype:
+            raise TypeError(f"GPT2: lm_head.weight is {head.weight.dtype}, but the hidden states are {hidden.dtype}")
+        logits = head(hidden)
         if targets is None:
             return logits, None
         return logits, softmax_xent(logits.view(-1, logits.shape[-1]), targets.reshape(-1))
@@ -242,6 +253,9 @@ class GPT2(nn.Module):
     def loss(self, tokens, targets, *, attention_mask=None, seed=None):
         """The loss of `model(tokens, targets)` without its logits, which never exist as a whole: what to train with."""
         self._check_targets(tokens, targets)
+        if fast_path.own_call(self):
+            options = {"attention_mask": attention_mask, "seed": seed}
+            return self(tokens, targets, **{name: value for name, value in options.items() if value is not None})[1]
         hidden = self.hidden(tokens, seed=seed, sparse=self.adds_few_rows(tokens), attention_mask=attention_mask)
         return heads.loss_of(self.lm_head, hidden, targets, self.config.vocab_size)
 
@@ -265,19 +279,26 @@ class GPT2(nn.Module):
             raise ValueError(f"GPT2: tokens are {tokens.dtype} {tuple(tokens.shape)}, wanted int64 (B, T)")
         if tokens.device != self.device:
             raise ValueError(f"GPT2: tokens are on {tokens.device}, but the model is on {self.device}")
-        if positions is None and tokens.shape[1] > self.config.n_positions:
-            raise ValueError(
-                f"GPT2: {tokens.shape[1]} tokens a sequence, but the model has n_positions={self.config.n_positions}"
-            )
+        V, P = self._rows("wte", self.config.vocab_size), self._rows("wpe", self.config.n_positions)
+        length = tokens.shape[1] if positions is None else 0
+        if positions is not None and positions.device.type == "cpu" and not torch.compiler.is_compiling():
+            length = 1 + int(beneath(positions).max()) if positions.numel() else 0
+        if length > P:
+            raise ValueError(f"GPT2: {length} tokens a sequence, but the model has n_positions={P}")
         if tokens.device.type == "cpu" and tokens.numel() and not torch.compiler.is_compiling():
             tokens = beneath(tokens)
             low, high = (int(value) for value in torch.aminmax(tokens))
-            if low < 0 or high >= self.config.vocab_size:
-                wrong = ((tokens < 0) | (tokens >= self.config.vocab_size)).nonzero()[0].tolist()
+            if low < 0 or high >= V:
+                wrong = ((tokens < 0) | (tokens >= V)).nonzero()[0].tolist()
                 raise ValueError(
                     f"GPT2: token id {int(tokens[tuple(wrong)])} at {wrong}, wanted 0 ≤ id < "
-                    f"vocab_size {self.config.vocab_size}; was the text tokenised with another vocabulary?"
+                    f"vocab_size {V}; was the text tokenised with another vocabulary?"
                 )
+
+    def _rows(self, name, told):
+        """Of an embedding: as many as config tells of, or fewer, if it has not so many."""
+        embedding = self.transformer[name]
+        return min(told, len(embedding.weight)) if isinstance(embedding, nn.Embedding) else told
 
     def generate(self, tokens, **options):
         """Continues each prompt; see `fastlm.generation.generate_tokens` for the options."""

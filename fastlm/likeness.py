@@ -18,7 +18,7 @@ class AlikeConv1D(nn.Module):
 
     @__class__.setter
     def __class__(self, kind):  # torch's parametrizations change it
-        vars(object)["__class__"].__set__(self, kind)
+        vars(object)["__class__"].__set__(self, vars(kind).get("_ours", kind))
 
     def __reduce__(self):  # pickle would take the class for another's
         return _blank, (type(self),), vars(self)
@@ -26,7 +26,7 @@ class AlikeConv1D(nn.Module):
 
 @functools.cache
 def _both(ours, theirs):
-    names = {"__module__": ours.__module__, "__qualname__": ours.__qualname__}
+    names = {"__module__": ours.__module__, "__qualname__": ours.__qualname__, "_ours": ours}
     return ours if issubclass(ours, theirs) else type(ours.__name__, (ours, theirs), names)
 
 

@@ -85,7 +85,9 @@ SLICES = {
     "cpu none": Slice("test_no_(cpu_bug|bug_in_a_layer)", "tests/test_planted_layers.py", 10),
     **{f"sanitizers {isa}": Slice(rf"test_cpu_kernels\[{isa}\]", f"csrc/cpu/* csrc/cpu/*/* csrc/*.h {SANITIZED}", 60)
        for isa in ("generic", "avx2", "avx512", "avx512bf16")},
-    "sanitizers": Slice("test_sanitizers.py::test_(an|the)_", f"CMakeLists.txt {SANITIZED}", 10),
+    "sanitizers": Slice("test_sanitizers.py::test_(an|changed)_", f"CMakeLists.txt {SANITIZED}", 60),
+    "changed models": Slice("test_changed_models.py", "fastlm/*.py fastlm/generation/* fastlm/ops/* csrc/cpu/*.cpp "
+                            "tests/test_changed_models.py", 100),
     "build": Slice("test_build.py::(?!test_a_wheel)", "CMakeLists.txt pyproject.toml tests/test_build.py", 50),
     "wheel": Slice("test_build.py::test_a_wheel", "CMakeLists.txt pyproject.toml csrc/bindings.cpp csrc/cpu/isa* "
                    "tests/test_build.py", 60),

@@ -84,7 +84,19 @@ def test_cpu_kernels(library, environment, isa):
     if "which this CPU does not have" in run(asked, "-c", "import fastlm._C as _C; _C.cpu.isa()").stderr:
         pytest.skip(f"this CPU has no {isa}")
     tests = [str(HERE / f"test_{name}.py") for name in TESTS]
-    options = ("-q", "-x", "-p", "sanitized", "-p", "no:cacheprovider", "-k", "cpu or engine and not lower")
+    pass_with(library, environment, isa, "-k", "cpu or engine and not lower", *tests)
+
+
+def test_changed_models(library, environment):
+    """200 of them, on the widest instruction set."""
+    widest = pytest.importorskip("fastlm._C").cpu.widest_isa()
+    first = "test_changed_models.py::test_many_changed_models[0]"
+    pass_with(library, environment, widest, "-m", "slow", str(HERE / first))
+
+
+def pass_with(library, environment, isa, *arguments):
+    """Runs tests on kernels with sanitizers, and holds them to pass."""
+    options = "-q", "-x", "-p", "sanitized", "-p", "no:cacheprovider"
     environment = {**environment, "FASTLM_SANITIZED": str(library(isa)), "FASTLM_CPU_ISA": isa}
-    done = run(environment, "-m", "pytest", *options, *tests)
+    done = run(environment, "-m", "pytest", *options, *arguments)
     assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-3000:] + done.stderr[-6000:]

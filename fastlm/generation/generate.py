@@ -11,7 +11,7 @@ from fastlm.dispatch.forcing import forced
 from fastlm.generation.engine import Engine, make_cache, packed, unfit, why_not
 from fastlm.generation.inference import inference
 from fastlm.generation.sampling import Sampler, check_sampling, uniforms
-from fastlm.generation.step import ENDED, EngineStep, Step
+from fastlm.generation.step import ENDED, EngineStep, Step, reread
 
 END = "end of text"
 USUAL = 50  # new tokens, where nothing is asked for
@@ -91,6 +91,11 @@ def _run(model, prompts, room, n, sampler, seed, stop, first):
     fast = why_not(model) is None
     if not fast:
         fast_path.tell(model, unfit=unfit)
+    if fast_path.own_call(model):
+        rows = [prompt.to(model.device) for prompt in prompts for _ in range(n)]
+        uniform = uniforms(seed, len(prompts), n, max(left), model.device, first)
+        yield from reread(model, rows, left, sampler, uniform, stop)
+        return
     with inference(model):
         weights = packed(model, max(left)) if fast else None
         cache = make_cache(model, weights, len(prompts), capacity)

@@ -4,6 +4,7 @@ import math
 
 import torch
 
+from fastlm import fast_path
 from fastlm.generation.engine import WORTH_READING, Engine, make_cache, packed, why_not
 from fastlm.generation.inference import inference
 from fastlm.ops import softmax_xent
@@ -34,5 +35,7 @@ def perplexity(model, ids, *, progress=lambda done, total: None):
 
 
 def _logits(model, tokens, cache):
+    if fast_path.own_call(model):
+        return model(tokens)[0]
     counts = torch.full((1,), tokens.shape[1], dtype=torch.int32, device=model.device)
     return model.lm_head(model.hidden(tokens, positions=cache.begin(counts, tokens.shape[1]), cache=cache))

@@ -2,16 +2,19 @@
 
     Step         the model's own forward; on a GPU a CUDA graph, replayed: one launch, nothing allocated, one small copy
     EngineStep   the engine of a CPU: one native call
+    reread       the whole model, of a forward or with hooks of its own, over all that is written
 
-Both have the same two calls. `first(logits, left)` draws the tokens behind the prompts, every call after it those of
-the next step; each returns a list of B ids, ENDED where a row has ended. A row ends after left[row] tokens or with the
-token `stop` (None: never); it then goes along, but waits. Logits of which there is no draw raise RuntimeError.
+The first two have the same two calls. `first(logits, left)` draws the tokens behind the prompts, every call after it
+those of the next step; each returns a list of B ids, ENDED where a row has ended. A row ends after left[row] tokens or
+with the token `stop` (None: never); it then goes along, but waits. Logits of which there is no draw raise RuntimeError.
 """
 
 import torch
 import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
 
 from fastlm import fast_path
+from fastlm.generation.inference import inference
 from fastlm.generation.sampling import BAD
 
 ENDED = -1  # in place of a token: the row has ended
@@ -108,6 +111,24 @@ class EngineStep:
                 if not self._left[row]:
                     self._counts[row] = 0
         return ids
+
+
+def reread(model, texts, left, draw, uniform, stop):
+    """Yields what a Step returns, of a model that is more than its parts: nothing is known of a cache.
+
+    texts: a prompt (T,) for every row; model(tokens) reads it, and what is written behind it, again and again.
+    """
+    for step in range(max(left)):
+        with inference(model):
+            padded = pad_sequence(texts, batch_first=True)  # (B, T); pads stand on the right, where nobody looks
+            logits = model(padded)[0][range(len(texts)), [len(text) - 1 for text in texts]]  # (B, V)
+            drawn = draw(logits, uniform[:, step]).tolist()
+        ids = checked([token if count else ENDED for token, count in zip(drawn, left)])
+        left = [0 if token in (stop, ENDED) else count - 1 for token, count in zip(ids, left)]
+        texts = [text if token == ENDED else F.pad(text, (0, 1), value=token) for text, token in zip(texts, ids)]
+        yield ids
+        if not any(left):
+            return
 
 
 def checked(ids):
