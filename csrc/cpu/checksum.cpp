@@ -13,6 +13,8 @@ namespace {
 constexpr int64_t kLine = 64;               // bytes: a line of the cache
 constexpr int64_t kPiece = int64_t(1) << 20;  // bytes that a thread takes
 
+constexpr int64_t kAhead = 24;                 // lines of a sum that are on their way
+
 struct Sums {
   uint64_t of[8], of_sums[8];
 
@@ -61,7 +63,10 @@ void checksum(const Checksum& op, int threads) {
           add(line, which);
       } else {
         const int64_t which = op.only % apart;
-        for (int64_t line = first + (which - first % apart + apart) % apart; line < end; line += apart) add(line, which);
+        for (int64_t line = first + (which - first % apart + apart) % apart; line < end; line += apart) {
+          __builtin_prefetch(memory + (line + kAhead * apart) * kLine);  // no hardware's pattern: most lie pages apart
+          add(line, which);
+        }
       }
       for (int64_t k = op.only < 0 ? 0 : op.only; k < (op.only < 0 ? kChecksums : op.only + 1); k++) {
         uint64_t hash = uint64_t(i);

@@ -63,8 +63,9 @@ def unfit(model):
         return "the last norm has another epsilon than the blocks, the head a bias, or the positions a largest norm"
     if model.quantised and head is not wte:
         return "lm_head.weight is not transformer.wte.weight, as it is where a model is quantised"
-    for name, weight in (*model.named_parameters(), ("lm_head.weight", head)):
+    for weight in _weights(model, fit.weights):
         if type(weight.data) is not torch.Tensor or weight.layout != torch.strided:
+            name = next((name for name, parameter in model.named_parameters() if parameter is weight), "a weight")
             return f"{name} is a {type(weight.data).__name__}, of which the kernels know no layout"
     return None
 

@@ -96,7 +96,7 @@ def _run(model, prompts, room, n, sampler, seed, stop, first):
         uniform = uniforms(seed, len(prompts), n, max(left), model.device, first)
         yield from reread(model, rows, left, sampler, uniform, stop)
         return
-    with inference(model):
+    with torch.inference_mode() if fast else inference(model):  # the engine calls no module
         weights = packed(model, max(left)) if fast else None
         cache = make_cache(model, weights, len(prompts), capacity)
         engine = Engine(model, cache, weights) if fast else None
@@ -118,7 +118,7 @@ def _run(model, prompts, room, n, sampler, seed, stop, first):
             if fast:
                 weights.done(cache)
             return
-        with torch.inference_mode() if fast else inference(model):  # the engine calls no module
+        with torch.inference_mode() if fast else inference(model):
             ids = step()
 
 
