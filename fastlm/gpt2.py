@@ -250,14 +250,18 @@ class GPT2(nn.Module):
             return logits, None
         return logits, softmax_xent(logits.view(-1, logits.shape[-1]), targets.reshape(-1))
 
-    def loss(self, tokens, targets, *, attention_mask=None, seed=None):
-        """The loss of `model(tokens, targets)` without its logits, which never exist as a whole: what to train with."""
+    def loss(self, tokens, targets, *, attention_mask=None, seed=None, scale=None):
+        """The loss of `model(tokens, targets)` without its logits, which never exist as a whole: what to train with.
+
+        scale, a number or a tensor () on the model's device, multiplies it: its weight in a sum over micro-batches.
+        """
         self._check_targets(tokens, targets)
         if fast_path.own_call(self):
             options = {"attention_mask": attention_mask, "seed": seed}
-            return self(tokens, targets, **{name: value for name, value in options.items() if value is not None})[1]
+            loss = self(tokens, targets, **{name: value for name, value in options.items() if value is not None})[1]
+            return heads.scaled(loss, scale)
         hidden = self.hidden(tokens, seed=seed, sparse=self.adds_few_rows(tokens), attention_mask=attention_mask)
-        return heads.loss_of(self.lm_head, hidden, targets, self.config.vocab_size)
+        return heads.loss_of(self.lm_head, hidden, targets, self.config.vocab_size, scale)
 
     def adds_few_rows(self, tokens):
         """Whether the embedding of tokens (B, T) adds few rows to wte's gradient, to which the head's is there first,

@@ -14,8 +14,8 @@ LOGITS = 2**26  # numbers of logits that exist together under a head of somebody
 ALIGNED = 16  # columns that a bias becomes, of which one counts
 
 
-def loss_of(head, hidden, targets, vocab_size):
-    """The mean loss of targets (B, T), -100 ignored, under a head of hidden states (B, T, C).
+def loss_of(head, hidden, targets, vocab_size, scale=None):
+    """The mean loss of targets (B, T), -100 ignored, under a head of hidden states (B, T, C), times scale.
 
     A head of another class, or with hooks, is called on as many whole sequences as have LOGITS logits, and called again
     in the backward, as often.
@@ -25,15 +25,19 @@ def loss_of(head, hidden, targets, vocab_size):
         if head.bias is not None:  # one more input, that is 1
             h = F.pad(F.pad(h, (0, 1), value=1.0), (0, ALIGNED - 1))
             w = F.pad(torch.cat([w, head.bias[:, None]], 1), (0, ALIGNED - 1))
-        return linear_xent(h, w, targets.reshape(-1))
+        return linear_xent(h, w, targets.reshape(-1), scale=scale)
     rows = max(1, LOGITS // vocab_size)
     if targets.numel() <= rows or transformed():
-        return _loss(head, hidden, targets, "mean")
+        return scaled(_loss(head, hidden, targets, "mean"), scale)
     B, T = targets.shape
     parts = [(of_h, of_y) for some_h, some_y in zip(hidden.split(max(1, rows // T)), targets.split(max(1, rows // T)))
              for of_h, of_y in zip(some_h.split(rows, 1), some_y.split(rows, 1))]
     total = sum(checkpoint(_loss, head, of_h, of_y, "sum", use_reentrant=False) for of_h, of_y in parts)
-    return total / (targets != -100).sum()
+    return scaled(total / (targets != -100).sum(), scale)
+
+
+def scaled(loss, scale):
+    return loss if scale is None else loss * scale
 
 
 def _loss(head, hidden, targets, reduction):

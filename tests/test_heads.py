@@ -84,6 +84,22 @@ def test_the_loss_and_its_gradients(model):
         torch.testing.assert_close(model.loss(TOKENS, targets), wanted, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("rows", [4, 10**6])
+@pytest.mark.parametrize("scale", [0.25, torch.tensor(0.25)])
+def test_a_scale_of_the_loss(model, scale, rows, monkeypatch):
+    monkeypatch.setattr(heads, "LOGITS", rows * V)
+    scale = scale.to(DEVICE) if isinstance(scale, torch.Tensor) else scale
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for hooked in False, True:
+        if hooked:
+            model.register_forward_hook(lambda module, inputs, output: None)
+        losses = model.loss(TOKENS, TOKENS), model.loss(TOKENS, TOKENS, scale=scale)
+        whole, part = (torch.autograd.grad(loss, parameters) for loss in losses)
+        torch.testing.assert_close(losses[1], losses[0] / 4)
+        for one, other in zip(part, whole):
+            torch.testing.assert_close(one, other / 4)
+
+
 def test_greedy_tokens(model):
     """Of a padded head none is drawn that is no token."""
     if len(getattr(model.lm_head, "weight", ())) > V:

@@ -79,6 +79,38 @@ def test_a_gradient_of_the_loss_scales_both(backend):
         torch.testing.assert_close(3 * a, b)
 
 
+@pytest.mark.parametrize("w_dtype", [torch.float16, torch.float32], ids=str)
+def test_fp16_gradients_of_many_rows_are_not_lost(backend, w_dtype, monkeypatch):
+    """1/N of a probability is below fp16's smallest numbers, what a gradient scaler makes of it is not."""
+    monkeypatch.setattr(chunked, "CHUNK", {"cpu": 128, "cuda": 128})
+    part, scaler = 2.0**-8, 2.0**18  # of 2^16 rows, these are 2^8
+    h, w, y = operands(2**8, 8, 97, torch.float16, w_dtype)
+    truth = results(composition, h.double(), w.half().double(), y, "mean")
+    got = results(lambda *a: scaler * fastlm.linear_xent(*a[:3], scale=part), h.to(DEVICE), w.to(DEVICE), y.to(DEVICE),
+                  "mean")
+    for what in "dh", "dw":
+        wanted = scaler * part * truth[what]
+        error = (got[what].cpu().double() - wanted).norm() / wanted.norm()
+        assert got[what].dtype == (h if what == "dh" else w).dtype and error < 2e-3, (what, error)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("dtype", numerics.DTYPES, ids=str)
+@pytest.mark.parametrize("scale", [0.25, 0.0, torch.tensor(0.25), torch.tensor(0.25, dtype=torch.float64)], ids=str)
+def test_a_scale_of_the_loss(backend, dtype, reduction, scale):
+    """It goes in before the gradient is rounded, and is no number that is read."""
+    h, w, y = (t.to(DEVICE) for t in operands(40, 8, 31, dtype))
+    given = scale.to(DEVICE) if isinstance(scale, torch.Tensor) else scale
+    got = results(lambda *a: fastlm.linear_xent(*a[:3], reduction=a[3], scale=given), h, w, y, reduction)
+    wanted = results(lambda *a: fastlm.linear_xent(*a[:3], reduction=a[3]), h, w, y, reduction)
+    for what, value in got.items():
+        assert value.dtype == wanted[what].dtype
+        torch.testing.assert_close(value, wanted[what] * float(scale))
+    with torch.no_grad():
+        loss = fastlm.linear_xent(h, w, y, reduction=reduction, scale=given)
+    torch.testing.assert_close(loss.reshape(-1), got["loss"])
+
+
 def test_two_backwards_through_one_graph(backend):
     h, w, y = (t.to(DEVICE) for t in operands(20, 8, 31, torch.float32))
     h.requires_grad_(), w.requires_grad_()
@@ -120,7 +152,7 @@ def test_wrong_label_below_the_checks(backend):
     y[3], y[17] = 31, -1
     loss, lse = torch.ops.fastlm.linear_xent_fwd(h, w, y, -100)
     assert loss.isnan().nonzero().flatten().tolist() == [3, 17] and lse.isfinite().all()
-    total, dh, dw = torch.ops.fastlm.linear_xent_grad(h, w, y, -100, True)
+    total, dh, dw = torch.ops.fastlm.linear_xent_grad(h, w, y, -100, torch.tensor(1 / 34.0))
     assert total.isnan() and dw.isnan().all()
     assert dh.isnan().any(1).nonzero().flatten().tolist() == dh.isnan().all(1).nonzero().flatten().tolist() == [3, 17]
 
@@ -141,14 +173,14 @@ class Softmax:
 def test_a_padded_head():
     """Logits lie a multiple of 64 apart; the columns behind the vocabulary add nothing, whatever h holds."""
     h, w, y = operands(35, 8, 131, torch.bfloat16, torch.float32)
-    wanted = chunked.Chunked(vendor).linear_xent_grad(h, w, y, -100, True)
+    wanted = chunked.Chunked(vendor).linear_xent_grad(h, w, y, -100, torch.tensor(1 / 34.0))
     softmax = Softmax()
-    got = chunked.Chunked(softmax, padded=True).linear_xent_grad(h, w, y, -100, True)
+    got = chunked.Chunked(softmax, padded=True).linear_xent_grad(h, w, y, -100, torch.tensor(1 / 34.0))
     assert softmax.seen == [((16, 131), (192, 1))] * 2 + [((3, 131), (192, 1))]
     torch.testing.assert_close(got, wanted)
     assert got[2].shape == w.shape and got[2].is_contiguous() and not got[2]._is_view()
     h[1] = float("inf")  # the row that is ignored
-    _, dh, _ = chunked.Chunked(softmax, padded=True).linear_xent_grad(h, w, y, -100, True)
+    _, dh, _ = chunked.Chunked(softmax, padded=True).linear_xent_grad(h, w, y, -100, torch.tensor(1 / 34.0))
     assert (dh[1] == 0).all() and torch.equal(dh[2:], got[1][2:])
 
 
@@ -176,7 +208,7 @@ def test_no_value_is_read_on_the_host():
     with Watch():
         _, lse = on_gpu.linear_xent_fwd(h, w, y, -100)
         on_gpu.linear_xent_bwd(torch.ones(35), h, w, y, lse, -100)
-        on_gpu.linear_xent_grad(h, w, y, -100, True)
+        on_gpu.linear_xent_grad(h, w, y, -100, torch.tensor(1 / 34.0))
 
 
 def test_zero_rows(backend):
@@ -212,6 +244,9 @@ def test_logits_never_exist_as_a_whole(backend):
         ({"y": torch.tensor([0, 5])}, ValueError, r"linear_xent: label 5 at \[1\], wanted 0 ≤ label < 5"),
         ({"w": torch.zeros(5, 4).half()}, TypeError, "w is torch.float16, wanted float32"),
         ({"reduction": "avg"}, ValueError, "reduction is 'avg'"),
+        ({"scale": torch.ones(2)}, ValueError, r"scale is float32 \(2,\) on cpu, wanted a number, or a tensor \(\)"),
+        ({"scale": torch.ones((), requires_grad=True)}, ValueError, "scale requires a gradient, which it has none of"),
+        ({"scale": "one"}, TypeError, "scale is 'one', wanted a number"),
     ],
 )
 def test_bad_input(change, error, told):

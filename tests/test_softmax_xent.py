@@ -247,6 +247,21 @@ def test_overwriting_and_what_comes_before_and_behind(backend):
         assert torch.equal(logits, x * 2)
 
 
+def test_fp16_gradients_of_many_rows_are_not_lost_when_overwritten(backend):
+    """1/N of a probability is below fp16's smallest numbers, what a gradient scaler makes of it is not."""
+    N, scaler = 512, 2.0**16
+    x, y = numerics.inputs("normal", (N, 1031), torch.float16), torch.arange(N)
+    wide = (x.double() / 16).requires_grad_()
+    wanted = torch.autograd.grad(scaler * F.cross_entropy(wide, y), wide)[0]
+    logits = (x.to(DEVICE) / 16).requires_grad_()
+    got = torch.autograd.grad(scaler * fastlm.softmax_xent(logits * 1, y.to(DEVICE), overwrite=True), logits)[0]
+    others = torch.ones_like(wanted).scatter_(1, y[:, None], 0.0)  # than the label, whose gradient is far larger
+    assert ((got.cpu().double() - wanted) * others).norm() / (wanted * others).norm() < 2e-3
+    ignored = torch.full((3,), -100, device=DEVICE)
+    loss = fastlm.softmax_xent(logits[:3] * 1, ignored, overwrite=True)
+    assert loss.isnan() and (torch.autograd.grad(loss, logits)[0] == 0).all()
+
+
 def test_logits_that_somebody_else_needs_are_not_overwritten_silently():
     x = torch.randn(3, 5, requires_grad=True)
     logits = x * 2

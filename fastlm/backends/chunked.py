@@ -42,20 +42,20 @@ class Chunked:
 
         return self._gradients(h, w, gradient)
 
-    def linear_xent_grad(self, h, w, y, ignore, mean):
-        N = len(h)
-        loss = h.new_empty(N, dtype=torch.promote_types(h.dtype, torch.float32))
-        count = (y != ignore).sum()
-        dloss = (1 / count.to(loss.dtype)).expand(N).contiguous() if mean else torch.ones_like(loss)
+    def linear_xent_grad(self, h, w, y, ignore, factor):
+        loss = h.new_empty(len(h), dtype=torch.promote_types(h.dtype, torch.float32))
+        dloss = torch.ones_like(loss) if factor is None else factor.to(loss.dtype).expand(len(h)).contiguous()
 
         def gradient(x, rows):
             loss[rows], _ = self.softmax.softmax_xent_(x, dloss[rows], y[rows], ignore)
 
-        dh, dw = self._gradients(h, w, gradient)
-        return loss.sum() / count if mean else loss.sum(), dh, dw
+        wide = torch.promote_types(w.dtype, torch.float32) if factor is None else w.dtype
+        gradients = self._gradients(h, w, gradient, wide)
+        return loss.sum(), *gradients
 
-    def _gradients(self, h, w, gradient):
-        """(dh, dw); gradient(x, rows) puts that of the logits x of some rows in their place."""
+    def _gradients(self, h, w, gradient, dtype=None):
+        """(dh, dw), dw in dtype, or w's; gradient(x, rows) puts that of the logits x of some rows in their place."""
+        dtype = w.dtype if dtype is None else dtype
         (V, C), head = w.shape, self._head(h, w)
         dh, dw = torch.empty_like(h, memory_format=torch.contiguous_format), None
         narrow = h.dtype != torch.promote_types(h.dtype, torch.float32)
@@ -64,7 +64,7 @@ class Chunked:
             gradient(x[:, :V], rows)
             torch.mm(x, head, out=dh[rows])
             dw = _add_product(dw, x.t(), h[rows], part)
-        return dh, (w.new_zeros(V, C) if dw is None else dw.resize_(V, C).to(w.dtype))
+        return dh, (w.new_zeros(V, C, dtype=dtype) if dw is None else dw.resize_(V, C).to(dtype))
 
     def _gpu(self, h):
         return self.padded or h.is_cuda

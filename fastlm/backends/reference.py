@@ -41,11 +41,11 @@ def linear_xent_bwd(dloss, h, w, y, lse, ignore):
     return dx @ narrow, (dx.t() @ h).to(w.dtype)
 
 
-def linear_xent_grad(h, w, y, ignore, mean):
+def linear_xent_grad(h, w, y, ignore, factor):
     loss, lse = linear_xent_fwd(h, w, y, ignore)
-    share = 1 / (y != ignore).sum().to(loss.dtype) if mean else torch.ones((), dtype=loss.dtype, device=loss.device)
-    total = loss.sum() / (y != ignore).sum() if mean else loss.sum()
-    return total, *linear_xent_bwd(share.expand(len(loss)), h, w, y, lse, ignore)
+    if factor is None:
+        factor, w = torch.ones_like(loss[:1]).sum(), w.to(torch.promote_types(w.dtype, torch.float32))
+    return loss.sum(), *linear_xent_bwd(factor.expand(len(loss)), h, w, y, lse, ignore)
 
 
 def bias_gelu_fwd(x, bias):

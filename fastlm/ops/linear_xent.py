@@ -1,5 +1,7 @@
 """linear_xent: the cross-entropy of logits h wᵀ that never exist as a whole, with the gradients of h and w."""
 
+from numbers import Real
+
 import torch
 
 from fastlm.dispatch import define
@@ -19,7 +21,7 @@ ORDER = {"cpu": ("cpu", "torch", "reference"), "cuda": ("cuda", "triton", "torch
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def linear_xent(h, w, y, *, ignore=-100, reduction="mean"):
+def linear_xent(h, w, y, *, ignore=-100, reduction="mean", scale=None):
     """softmax_xent(h wᵀ, y): the loss of hidden states under a head, logits made a chunk of rows at a time.
 
     h (N, C) in fp32, bf16 or fp16 (fp64 on `torch` and `reference`); w (V, C) in h's dtype or fp32, taken in h's dtype
@@ -27,6 +29,10 @@ def linear_xent(h, w, y, *, ignore=-100, reduction="mean"):
     so are the errors. Under autocast h is taken in its dtype. Differentiable once, in h and w, each gradient in its
     tensor's dtype, w's added up in fp32. For "mean" and "sum" the gradients are computed with the loss (three
     products); for "none" the backward makes the logits again (four).
+
+    scale, a number or a tensor () on h's device, multiplies the result: a loss's weight in a sum, 1 / a count of
+    tokens. It goes in with the loss, so that no gradient is multiplied by it afterwards. But in fp16 gradients are
+    multiplied last, by it, by 1/N and by what comes in, such as a gradient scaler's: before they are too small for it.
     """
     check("linear_xent", h=(h, "N C"), w=(w, "V C"), y=(y, "N"))
     check_dtype("linear_xent", (*KERNEL_DTYPES, torch.float64), h=h)
@@ -37,13 +43,31 @@ def linear_xent(h, w, y, *, ignore=-100, reduction="mean"):
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"linear_xent: reduction is {reduction!r}, wanted 'mean', 'sum' or 'none'")
     check_labels("linear_xent", y, w.shape[0], ignore)
+    _check_scale(scale, h)
     h, w, y = h.contiguous(), w.contiguous(), y.contiguous()
-    if reduction == "none" or not (torch.is_grad_enabled() and (h.requires_grad or w.requires_grad)):
-        loss, _ = _LinearXent.run(h, w, y, ignore)
-        if reduction == "none":
-            return loss
-        return loss.sum() if reduction == "sum" else loss.sum() / (y != ignore).sum()
-    return _LinearXentGrad.run(h, w, y, ignore, reduction == "mean")[0]
+    mean = reduction == "mean"
+    if reduction != "none" and torch.is_grad_enabled() and (h.requires_grad or w.requires_grad):
+        return _LinearXentGrad.run(h, w, y, ignore, mean, scale)[0]
+    loss, _ = _LinearXent.run(h, w, y, ignore)
+    if reduction == "none":
+        return loss if scale is None else (loss * scale).to(loss.dtype)
+    return _reduced(loss.sum(), y, ignore, mean, scale)
+
+
+def _reduced(total, y, ignore, mean, scale):
+    loss = total / (y != ignore).sum() if mean else total
+    return loss if scale is None else (loss * scale).to(loss.dtype)
+
+
+def _check_scale(scale, h):
+    if isinstance(scale, torch.Tensor):
+        if scale.dim() or scale.device != h.device:
+            told = f"{str(scale.dtype).removeprefix('torch.')} {tuple(scale.shape)} on {scale.device}"
+            raise ValueError(f"linear_xent: scale is {told}, wanted a number, or a tensor () on {h.device}")
+        if scale.requires_grad:
+            raise ValueError("linear_xent: scale requires a gradient, which it has none of")
+    elif scale is not None and not isinstance(scale, Real):
+        raise TypeError(f"linear_xent: scale is {scale!r}, wanted a number, or a tensor () on {h.device}")
 
 
 class _LinearXent(Once):
@@ -68,30 +92,56 @@ def _gradients(dloss, h, *rest):
     return _bwd(dloss.contiguous(), h.contiguous(), *rest)
 
 
+def _computed(h, w, y, ignore, mean, scale):
+    """(loss, dh, dw, factor): gradients of the loss, or, in fp16, what is to be multiplied by the factor ()."""
+    wide = torch.promote_types(h.dtype, torch.float32)
+    factor = torch.ones((), dtype=wide, device=h.device)
+    if mean:
+        count = (y != ignore).sum()
+        factor = torch.where(count > 0, 1 / count.to(wide), 0.0)  # where all are ignored every gradient is 0
+    if scale is not None:
+        factor = (factor * scale).to(wide)
+    total, dh, dw = _grad(h, w, y, ignore, None if _late(h) else factor)
+    return _reduced(total, y, ignore, mean, scale), dh, dw, factor
+
+
+def _late(h):
+    """Whether gradients are multiplied last: N times smaller, most would be below fp16's smallest numbers."""
+    return h.dtype == torch.float16
+
+
+def _multiplied(dloss, h, w, dh, dw, factor):
+    if not _late(h):
+        return dh * dloss, dw * dloss
+    dloss = dloss * factor
+    return (dh.to(dloss.dtype) * dloss).to(h.dtype), (dw * dloss).to(w.dtype)
+
+
 class _Bare(Bare):
     op = "linear_xent"
 
     @staticmethod
-    def forward(ctx, h, w, y, ignore, mean):
-        loss, dh, dw = _grad(h, w, y, ignore, mean)
-        ctx.save_for_backward(dh, dw)
+    def forward(ctx, h, w, y, ignore, mean, scale):
+        loss, *saved = _computed(h, w, y, ignore, mean, scale)
+        ctx.save_for_backward(*saved)
+        ctx.like = h.new_empty(0), w.new_empty(0)  # their dtypes
         return (loss,)
 
     @staticmethod
     def backward(ctx, dloss):
         refuse_double_backward("linear_xent")
-        dh, dw = ctx.saved_tensors
-        if not torch.compiler.is_compiling() and dloss.device.type == "cpu" and float(dloss) == 1.0:
-            return dh, dw, None, None, None  # as they are: a copy of w's gradient costs as much as AdamW's read of it
-        return dh * dloss, dw * dloss, None, None, None
+        (h, w), (dh, dw, factor) = ctx.like, ctx.saved_tensors
+        if not (_late(h) or torch.compiler.is_compiling()) and dloss.device.type == "cpu" and float(dloss) == 1.0:
+            return dh, dw, *[None] * 4  # as they are: a copy of w's gradient costs as much as AdamW's read of it
+        return *_multiplied(dloss, h, w, dh, dw, factor), *[None] * 4
 
 
 class _LinearXentGrad(Once):
     op, bare = "linear_xent", _Bare
 
     @staticmethod
-    def forward(h, w, y, ignore, mean):
-        return _grad(h, w, y, ignore, mean)
+    def forward(h, w, y, ignore, mean, scale):
+        return _computed(h, w, y, ignore, mean, scale)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -100,11 +150,7 @@ class _LinearXentGrad(Once):
 
     @staticmethod
     def backward(ctx, dloss, *_):
-        return *gradient("linear_xent", _scaled, dloss, *ctx.saved_tensors), None, None, None
-
-
-def _scaled(dloss, h, w, dh, dw):
-    return dh * dloss, dw * dloss
+        return *gradient("linear_xent", _multiplied, dloss, *ctx.saved_tensors), *[None] * 4
 
 
 def _limits(backend, h, *_):
@@ -128,10 +174,13 @@ _bwd = define(
     **_ROW, key=lambda dloss, h, *_: (h.device, h.dtype), limits=lambda backend, dloss, h, *_: _limits(backend, h),
     fake=lambda dloss, h, w, *_: (h.new_empty(h.shape), w.new_empty(w.shape)),
 )
+# The sum of the losses and its gradients times a factor (); without one w's is in fp32 at least.
 _grad = define(
-    "linear_xent_grad(Tensor h, Tensor w, Tensor y, int ignore, bool mean) -> (Tensor loss, Tensor dh, Tensor dw)",
+    "linear_xent_grad(Tensor h, Tensor w, Tensor y, int ignore, Tensor? factor) -> (Tensor loss, Tensor dh, Tensor dw)",
     **_ROW, **_KEY,
-    fake=lambda h, w, *_: (_loss_fake(h).new_empty(()), h.new_empty(h.shape), w.new_empty(w.shape)),
+    fake=lambda h, w, y, ignore, factor: (
+        _loss_fake(h).new_empty(()), h.new_empty(h.shape),
+        w.new_empty(w.shape, dtype=w.dtype if factor is not None else torch.promote_types(w.dtype, torch.float32))),
 )
 
 

@@ -99,16 +99,18 @@ class _Overwriting(Bare):
     def forward(ctx, x, y, ignore, mean):
         count = (y != ignore).sum()
         share = (1 / count if mean else torch.ones((), device=x.device)).to(torch.promote_types(x.dtype, torch.float32))
-        loss, _ = _both(x.detach(), share.expand(len(y)).contiguous(), y, ignore)
+        late = mean and x.dtype == torch.float16  # N times smaller, most would be below fp16's smallest numbers
+        dloss = torch.ones_like(share) if late else share
+        loss, _ = _both(x.detach(), dloss.expand(len(y)).contiguous(), y, ignore)
         torch.autograd.graph.increment_version(x)  # whoever kept the logits for a backward of his own is told
-        ctx.save_for_backward(x)
+        ctx.save_for_backward(x, torch.where(count > 0, share, 0.0) if late else None)
         return loss.sum() / count if mean else loss.sum()
 
     @staticmethod
     def backward(ctx, dloss):
         refuse_double_backward("softmax_xent")
-        (x,) = ctx.saved_tensors
-        dx = x.detach()
+        x, factor = ctx.saved_tensors
+        dx, dloss = x.detach(), dloss if factor is None else dloss * factor
         if not (dloss.device.type == "cpu" and float(dloss) == 1.0):
             dx.mul_(dloss)
             torch.autograd.graph.increment_version(x)

@@ -50,10 +50,9 @@ class Step:
             tokens, targets, index = self.loader.batch(number, first, count)  # (count, T) each
             seed = torch.tensor([config.seed, number, 0, index]) if config.dropout else None
             tokens, targets, seed = (None if t is None else t.to(device) for t in (tokens, targets, seed))
+            scale = count / config.batch_size if count < config.batch_size else None  # all have as many targets
             with autocast(config.dtype, device.type):
-                loss = self._loss(tokens, targets, seed=seed)
-            if count < config.batch_size:
-                loss = loss * (count / config.batch_size)  # every sequence has as many targets
+                loss = self._loss(tokens, targets, seed=seed, scale=scale)
             loss.backward()
             total = total + loss.detach()
         return total
