@@ -324,7 +324,7 @@ struct Draw {
 
 constexpr int64_t kBad = -2;  // in place of a token
 
-constexpr int64_t kChecksums = 31;  // a prime: lines so far apart meet every row, and every column, of most matrices
+constexpr int64_t kChecksums = 47;  // a prime: lines so far apart meet every row, and every column, of most matrices
 
 // Checksums of spans of memory, in lines of 64 bytes: sum k is over the lines of every span whose number, modulo how far
 // the lines of its sums lie apart, is k modulo that.

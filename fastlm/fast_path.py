@@ -160,11 +160,14 @@ def sizes(model):
     wanted = [tuple(by_letter[letter] for letter in shape.split()) for shape in BLOCK_WEIGHTS.values()]
     heads, epsilon = blocks[0].attn.n_head, blocks[0].ln_1.eps
     dtype, device = norm.dtype, norm.device
+    alike = [(shape, dtype, device) for shape in wanted]
     for layer, (block, own) in enumerate(zip(blocks, weights)):
-        for name, weight, shape in zip(BLOCK_WEIGHTS, own, wanted):
-            if weight is None or weight.shape != shape or weight.dtype != dtype or weight.device != device:
-                told = "missing" if weight is None else f"{tuple(weight.shape)} {weight.dtype} on {weight.device}"
-                return None, f"transformer.h.{layer}.{name} is {told}, wanted {shape} {dtype} on {device}"
+        found = [None if weight is None else (weight.shape, weight.dtype, weight.device) for weight in own]
+        if found != alike:
+            name, held, shape = next(entry for entry in zip(BLOCK_WEIGHTS, found, wanted) if entry[1] != (
+                entry[2], dtype, device))
+            told = "missing" if held is None else f"{tuple(held[0])} {held[1]} on {held[2]}"
+            return None, f"transformer.h.{layer}.{name} is {told}, wanted {shape} {dtype} on {device}"
         if block.attn.n_head != heads or (block.ln_1.eps, block.ln_2.eps) != (epsilon, epsilon):
             return None, f"transformer.h.{layer} has another number of heads, or epsilon, than transformer.h.0"
         if block.attn.scale is not None:

@@ -130,8 +130,10 @@ class Block(nn.Module):
 
     def weights(self):
         """The weights in gpt2_blocks' order."""
-        parts = self.ln_1, self.attn.c_attn, self.attn.c_proj, self.ln_2, self.mlp.c_fc, self.mlp.c_proj
-        return [weight for part in parts for weight in (part.weight, part.bias)]
+        attn, mlp = self.attn, self.mlp
+        parts = self.ln_1, attn.c_attn, attn.c_proj, self.ln_2, mlp.c_fc, mlp.c_proj
+        return [held[name] if name in (held := part._parameters) else getattr(part, name)
+                for part in parts for name in ("weight", "bias")]
 
 
 @fast_path.plain(
@@ -324,9 +326,9 @@ class GPT2(nn.Module):
 
         These then run as they are: a forward of somebody's own, hooks, sizes that do not fit each other.
         """
-        from fastlm.generation.engine import unfit
+        from fastlm.generation.engine import fitting
 
-        return fast_path.why_not(self) or unfit(self)
+        return fast_path.why_not(self) or fitting(self)[1]
 
     @classmethod
     def from_pretrained(cls, name, *, device=None, dtype=torch.float32):

@@ -124,7 +124,7 @@ def test_generation_picks_it_up(model, options, monkeypatch):
     monkeypatch.setattr(step.EngineStep, "__call__", lambda self: steps.append(1) or call(self))
     got = [row.tolist() for row in model.generate(PROMPTS, **options)]
     assert len(steps) >= 15
-    monkeypatch.setattr(LOOP, "why_not", lambda model: "not now")
+    monkeypatch.setattr(LOOP, "serving", lambda model: (None, "not now"))
     assert got == [row.tolist() for row in model.generate(PROMPTS, **options)]
 
 

@@ -73,7 +73,7 @@ SAMPLED = {"temperature": 0.8, "top_k": 40, "top_p": 0.9, "seed": 2, "stop_at": 
 def test_a_captured_step_gives_the_same_tokens(model, monkeypatch, options):
     """With a stand-in for the CUDA graph; outside of it nothing is allocated."""
     options = {**options, "max_new_tokens": 12, "num_return_sequences": 2}
-    monkeypatch.setattr(LOOP, "why_not", lambda model: "the step as on a GPU is tried here")
+    monkeypatch.setattr(LOOP, "serving", lambda model: (None, "the step as on a GPU is tried here"))
     wanted = lists(model.generate(PROMPTS, **options))
     replays, outside = [], Allocations()
 

@@ -2,9 +2,9 @@
 
 torch counts changes in place. Those that go around it (through `.data`, numpy, or another parameter in the same place)
 show in checksums of the memory, which `of` compares: all of it where the call is long, or the weights are few, so that
-this takes less than a hundredth of its time; else one of 31, in turn, over every 31st line of 64 bytes of a matrix.
-Being a prime, 31 leaves no whole row and no whole column out, nor a change of all; a few numbers in one place may show
-as late as in the 31st call, or in the first long one.
+this takes less than a hundredth of its time; else one of 47, in turn, over every 47th line of 64 bytes of a matrix.
+Being a prime, 47 leaves no whole row and no whole column out, nor a change of all; a few numbers in one place may show
+as late as in the 47th call, or in the first long one.
 """
 
 import math
@@ -16,7 +16,7 @@ import torch
 from fastlm.backends import native
 
 LINE = 64  # bytes; csrc/cpu/checksum.cpp
-APART = 31, 29, 23, 19, 17, 13, 11, 7, 5, 3, 2, 1  # csrc/fastlm.h, kChecksums, and what is below it
+APART = 47, 43, 41, 37, 31, 29, 23, 19, 17, 13, 11, 7, 5, 3, 2, 1  # csrc/fastlm.h, kChecksums, and what is below it
 FEW = 2**22  # bytes that are read in no time
 _made = weakref.WeakKeyDictionary()  # model → _Made
 _lock = threading.Lock()

@@ -26,28 +26,36 @@ KINDS = {torch.float32: "fp32", torch.bfloat16: "bf16"}  # how a model's weights
 SPARE = 2**27  # bytes of a cache that is kept for the next: 28 sequences of 64 positions of GPT-2 124M in fp32
 ROWS = 2048  # most new tokens of one call: what it works on takes 27 KB a row at C = 768
 WORTH_READING = 100  # new tokens: all weights are read once more to see that they are the same, as long as one takes
+NARROWER = {"int8": 4, "int4": 8}  # as they are packed than as they are held
 _NUMBERS = {"fp32": 0, "bf16": 1, "int8": 2, "int4": 3}  # csrc/fastlm.h, Weights
 _GROUPS = {"fp32": 1, "bf16": 2, "int8": 4}
 
 
 def why_not(model):
     """None where the engine can run a model, else a sentence."""
+    return serving(model)[1]
+
+
+def serving(model):
+    """(fast_path.Sizes, None) of a model that the engine can run, or (None, the sentence why not)."""
     if model.device.type != "cpu":
-        return f"the engine runs on the CPU, the model is on {model.device}"
+        return None, f"the engine runs on the CPU, the model is on {model.device}"
     if (reason := machine_why_not("cpu")) is not None:
-        return reason
+        return None, reason
     if (backend := forced("decode_attention")) is not None:
-        return f"the backend {backend} is forced: the model's own ops run"
+        return None, f"the backend {backend} is forced: the model's own ops run"
     if model.dtype not in KINDS:
-        return f"the engine takes float32 and bfloat16, the model is {model.dtype}"
-    return fast_path.why_not(model) or unfit(model)
+        return None, f"the engine takes float32 and bfloat16, the model is {model.dtype}"
+    if (reason := fast_path.why_not(model)) is not None:
+        return None, reason
+    return fitting(model)
 
 
-def unfit(model):
-    """None where the parameters of a plain model are as the engine's kernels read them, else a sentence."""
+def fitting(model):
+    """(Sizes, None) of a plain model whose parameters are as the engine's kernels read them, or (None, a sentence)."""
     fit, told = fast_path.sizes(model)
     if told is not None:
-        return told
+        return None, told
     parts, config = model.transformer, model.config
     wte, wpe, head = parts.wte.weight, parts.wpe.weight, model.lm_head.weight
     V, P, C = len(wte), len(wpe), fit.C
@@ -56,18 +64,19 @@ def unfit(model):
                                 ("transformer.ln_f.bias", parts.ln_f.bias, (C,)), ("lm_head.weight", head, (V, C))):
         if weight is None or weight.shape != shape or weight.dtype != fit.dtype or weight.device != wte.device:
             told = "missing" if weight is None else f"{tuple(weight.shape)} {weight.dtype} on {weight.device}"
-            return f"{name} is {told}, wanted {shape} {fit.dtype} on {wte.device}"
+            return None, f"{name} is {told}, wanted {shape} {fit.dtype} on {wte.device}"
     if V < config.vocab_size or P < config.n_positions:
-        return f"there are {V} tokens and {P} positions, but config has {config.vocab_size} and {config.n_positions}"
+        return None, (f"there are {V} tokens and {P} positions, but config has {config.vocab_size} and "
+                      f"{config.n_positions}")
     if parts.ln_f.eps != fit.epsilon or model.lm_head.bias is not None or parts.wpe.max_norm is not None:
-        return "the last norm has another epsilon than the blocks, the head a bias, or the positions a largest norm"
+        return None, "the last norm has another epsilon than blocks, the head a bias, or the positions a largest norm"
     if model.quantised and head is not wte:
-        return "lm_head.weight is not transformer.wte.weight, as it is where a model is quantised"
+        return None, "lm_head.weight is not transformer.wte.weight, as it is where a model is quantised"
     for weight in _weights(model, fit.weights):
         if type(weight.data) is not torch.Tensor or weight.layout != torch.strided:
             name = next((name for name, parameter in model.named_parameters() if parameter is weight), "a weight")
-            return f"{name} is a {type(weight.data).__name__}, of which the kernels know no layout"
-    return None
+            return None, f"{name} is a {type(weight.data).__name__}, of which the kernels know no layout"
+    return fit, None
 
 
 def cache_dtype(model):
@@ -256,13 +265,12 @@ def on_huge_pages(tensor):
     return whole[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape).copy_(tensor)
 
 
-def packed(model, tokens=1):
+def packed(model, tokens=1, fit=None):
     """The Packed weights of a model, made anew where its weights have changed; tokens: how many a row they are for."""
-    found, _ = fast_path.sizes(model)
-    sizes = found._replace(weights=[])  # those belong to the model
-    return derived.of(model, _weights(model, found.weights),
-                      lambda: Packed(model, sizes, model.quantised or KINDS[model.dtype]),
-                      note=(model.quantised, sizes), whole=tokens >= WORTH_READING)
+    fit = fast_path.sizes(model)[0] if fit is None else fit
+    sizes, kind = fit._replace(weights=[]), model.quantised or KINDS[model.dtype]  # weights belong to the model
+    return derived.of(model, _weights(model, fit.weights), lambda: Packed(model, sizes, kind),
+                      note=(model.quantised, sizes), whole=tokens >= WORTH_READING * NARROWER.get(kind, 1))
 
 
 def _weights(model, blocks):

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from fastlm import fast_path, masks
 from fastlm.dispatch.forcing import forced
-from fastlm.generation.engine import Engine, make_cache, packed, unfit, why_not
+from fastlm.generation.engine import Engine, fitting, make_cache, packed, serving
 from fastlm.generation.inference import inference
 from fastlm.generation.sampling import Sampler, check_sampling, uniforms
 from fastlm.generation.step import ENDED, EngineStep, Step, reread
@@ -88,16 +88,17 @@ def stream_tokens(
 def _run(model, prompts, room, n, sampler, seed, stop, first):
     left = [count for count in room for _ in range(n)]  # tokens each row may still write
     capacity = max(len(prompt) + count for prompt, count in zip(prompts, room))
-    fast = why_not(model) is None
+    fit, reason = serving(model)
+    fast = reason is None
     if not fast:
-        fast_path.tell(model, unfit=unfit)
+        fast_path.tell(model, unfit=lambda model: fitting(model)[1])
     if fast_path.own_call(model):
         rows = [prompt.to(model.device) for prompt in prompts for _ in range(n)]
         uniform = uniforms(seed, len(prompts), n, max(left), model.device, first)
         yield from reread(model, rows, left, sampler, uniform, stop)
         return
     with torch.inference_mode() if fast else inference(model):  # the engine calls no module
-        weights = packed(model, max(left)) if fast else None
+        weights = packed(model, max(left), fit) if fast else None
         cache = make_cache(model, weights, len(prompts), capacity)
         engine = Engine(model, cache, weights) if fast else None
         logits = _prefill(model, prompts, cache, engine).repeat_interleave(n, 0)  # (P · n, V)

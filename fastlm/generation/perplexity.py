@@ -5,7 +5,7 @@ import math
 import torch
 
 from fastlm import fast_path
-from fastlm.generation.engine import WORTH_READING, Engine, make_cache, packed, why_not
+from fastlm.generation.engine import Engine, make_cache, packed, why_not
 from fastlm.generation.inference import inference
 from fastlm.ops import softmax_xent
 
@@ -20,7 +20,7 @@ def perplexity(model, ids, *, progress=lambda done, total: None):
         raise ValueError(f"perplexity: {len(ids)} tokens, wanted at least two")
     total, count = 0.0, 0
     with inference(model):
-        weights = packed(model, WORTH_READING) if why_not(model) is None else None
+        weights = packed(model, math.inf) if why_not(model) is None else None
         for window in ids.split(model.config.n_positions):
             if len(window) < 2:
                 continue
