@@ -26,7 +26,12 @@ def activation(name):
     return KNOWN[name]()
 
 
+def kind(module):
+    """The class that does what a module does: GELU's, for torch's in the tanh form."""
+    return GELU if type(module) is nn.GELU and module.approximate == "tanh" else type(module)
+
+
 def name_of(module, usual):
     """The name of a module, `usual` where that is one of its names or none is."""
-    same = [name for name in KNOWN if repr(activation(name)) == repr(module)]
+    same = [name for name in KNOWN if KNOWN[name] is kind(module)]
     return usual if usual in same or not same else same[0]

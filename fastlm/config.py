@@ -131,7 +131,9 @@ class GPT2Config(BaseModel):
 def _end(path, key, known):
     """The bos or eos of a config.json's values: one that is in the vocabulary, else None."""
     value, V = known.get(key), known["vocab_size"]
-    if isinstance(value, list) and len(value) == 1:
+    if isinstance(value, list):
+        if len(value) != 1:
+            raise ValueError(f"{path}: {key} is {value}, wanted one id: several ends of text are not known here")
         (value,) = value
     if key not in known and V == 50257:
         return 50256

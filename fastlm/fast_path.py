@@ -8,6 +8,7 @@ the modules are what they are taken for, `sizes` whether they fit each other: el
 own, would be passed over without a word. Where none serves, the model calls block after block, and `tell` warns once.
 """
 
+import threading
 import warnings
 from typing import NamedTuple
 
@@ -75,7 +76,7 @@ def _odd(name, module, place, patched):
     """(name, what it is, whether by our own doing) of the first of a module, and all below it, that is not plain."""
     kind = nn.ModuleDict if isinstance(place, dict) else nn.ModuleList if isinstance(place, list) else place
     if type(module) is not kind:
-        known = type(module) in _PLAIN
+        known = type(module) in _PLAIN or type(module).__module__.startswith("torch.nn.")
         return name, f"is {'a ' if known else 'of a class of its own, '}{type(module).__name__}", False
     if kind in patched:
         return name, f"is a {kind.__name__} whose forward was replaced", False
@@ -99,13 +100,59 @@ def is_plain(module, kind):
     return not _hooked_all() and _odd("", module, kind, [kind] if _patched(kind) else []) is None
 
 
+_calling = threading.local()  # `models`: the ids of those that `called` is calling in this thread
+
+
 def own_call(model):
-    """Whether somebody has a part in `model(tokens)` beside the modules: a forward, or hooks, of the model itself."""
+    """Whether somebody has a part in `model(tokens)` beside the modules: a forward, or hooks, of the model itself.
+
+    Not within such a call: a forward may be made of the model's own `loss`.
+    """
+    if id(model) in getattr(_calling, "models", ()):
+        return False
     kind = plain_kind(model)
     for call in "__call__", "_call_impl", "forward":
         if call in model.__dict__ or getattr(type(model), call) is not _PLAIN[kind].calls[call]:
             return True
     return any(not _ours(hook) for hooks in HOOKS for hook in getattr(model, hooks).values())
+
+
+def called(model, *given, **options):
+    """(logits, loss) that a model of somebody's own says, None for what it does not: model(*given, **options).
+
+    It returns the pair, logits (B, T, V) alone, a loss () alone, or an object with these names; TypeError otherwise.
+    """
+    before = getattr(_calling, "models", ())
+    _calling.models = (*before, id(model))
+    try:
+        result = model(*given, **options)
+    finally:
+        _calling.models = before
+    pair = result if isinstance(result, (tuple, list)) else (getattr(result, "logits", None),
+                                                             getattr(result, "loss", None))
+    if isinstance(result, torch.Tensor):
+        pair = (result, None) if result.dim() == 3 else (None, result)
+    logits, loss = (*pair, None, None)[:2]
+    if (logits is None or (isinstance(logits, torch.Tensor) and logits.dim() == 3)) and (
+            loss is None or (isinstance(loss, torch.Tensor) and not loss.dim())) and (logits, loss) != (None, None):
+        return logits, loss
+    raise TypeError(f"{type(model).__name__}'s forward returned {_form(result)}, wanted (logits (B, T, V), loss ())")
+
+
+def logits_of(model, tokens):
+    """The logits (B, T, V) that a model of somebody's own says of tokens (B, T); TypeError where it says none."""
+    logits, _ = called(model, tokens)
+    if logits is None:
+        raise TypeError(f"{type(model).__name__}'s forward gives a loss alone, from which nothing can be generated")
+    return logits
+
+
+def _form(result):
+    if isinstance(result, torch.Tensor):
+        return f"a tensor {tuple(result.shape)}"
+    if isinstance(result, (tuple, list)):
+        return f"({', '.join(map(_form, result))})"
+    return type(result).__name__
 
 
 def _hooked_all():

@@ -130,10 +130,12 @@ class Block(nn.Module):
 
     def weights(self):
         """The weights in gpt2_blocks' order."""
-        attn, mlp = self.attn, self.mlp
-        parts = self.ln_1, attn.c_attn, attn.c_proj, self.ln_2, mlp.c_fc, mlp.c_proj
-        return [held[name] if name in (held := part._parameters) else getattr(part, name)
-                for part in parts for name in ("weight", "bias")]
+        found, attn, mlp = [], self.attn, self.mlp
+        for part in self.ln_1, attn.c_attn, attn.c_proj, self.ln_2, mlp.c_fc, mlp.c_proj:
+            held = part._parameters
+            for name in "weight", "bias":
+                found.append(held[name] if name in held else getattr(part, name))
+        return found
 
 
 @fast_path.plain(
@@ -214,6 +216,7 @@ class GPT2(nn.Module):
         mask = masks.check("GPT2", mask, tokens)
         if cache is not None:
             raise ValueError("GPT2: got attention_mask and cache; a cache's counts say which tokens are real")
+        self.check_tokens(tokens, positions)  # where they stand
         order, back = masks.order(mask)
         if positions is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device)
@@ -260,7 +263,10 @@ class GPT2(nn.Module):
         self._check_targets(tokens, targets)
         if fast_path.own_call(self):
             options = {"attention_mask": attention_mask, "seed": seed}
-            loss = self(tokens, targets, **{name: value for name, value in options.items() if value is not None})[1]
+            given = {name: value for name, value in options.items() if value is not None}
+            logits, loss = fast_path.called(self, tokens, targets, **given)
+            if loss is None:
+                loss = softmax_xent(logits.view(-1, logits.shape[-1]), targets.reshape(-1))
             return heads.scaled(loss, scale)
         hidden = self.hidden(tokens, seed=seed, sparse=self.adds_few_rows(tokens), attention_mask=attention_mask)
         return heads.loss_of(self.lm_head, hidden, targets, self.config.vocab_size, scale)

@@ -48,7 +48,10 @@ def _loss(head, hidden, targets, reduction):
 @torch.no_grad()
 def resize(model, count, multiple):
     """GPT2.resize_token_embeddings."""
-    wte, head, old = model.transformer.wte, model.lm_head, model.config.vocab_size
+    wte, head, config = model.transformer.wte, model.lm_head, model.config
+    if count is None and multiple is None:
+        return wte
+    old = config.unpadded_vocab_size or config.vocab_size
     asked = old if count is None else count
     for name, value, least in (("new_num_tokens", asked, 1), ("pad_to_multiple_of", multiple or 1, 1)):
         if not isinstance(value, int) or value < least:
@@ -58,21 +61,22 @@ def resize(model, count, multiple):
             raise ValueError(f"resize_token_embeddings: {name} is a {type(module).__name__}, wanted a {kind.__name__} "
                              "with a weight of its own; merge adapters before")
     rows, tied = -(-asked // (multiple or 1)) * (multiple or 1), head.weight is wte.weight
-    config = {**model.config.model_dump(), "vocab_size": rows, "unpadded_vocab_size": None if rows == asked else asked}
+    config = {**config.model_dump(), "vocab_size": rows, "unpadded_vocab_size": None if rows == asked else asked}
     for end in ("bos_token_id", "eos_token_id"):
         if (config[end] or 0) >= asked:
             config[end] = None
     model.config = type(model.config)(**config)
-    wte.weight, wte.num_embeddings = _of_length(wte.weight, rows), rows
-    head.weight, head.out_features = wte.weight if tied else _of_length(head.weight, rows), rows
+    wte.weight, wte.num_embeddings = _of_length(wte.weight, rows, old), rows
+    head.weight, head.out_features = wte.weight if tied else _of_length(head.weight, rows, old), rows
     if head.bias is not None:
-        head.bias = _of_length(head.bias, rows)
+        head.bias = _of_length(head.bias, rows, old)
     return wte if model.quantised is None else quantise_(model, model.quantised).transformer.wte
 
 
-def _of_length(parameter, rows):
+def _of_length(parameter, rows, tokens):
+    """A parameter of so many rows: those that there are, then the mean of those of tokens."""
     new = parameter.detach()[:rows]
-    if rows > len(parameter):
-        mean = new.float().mean(0, keepdim=True).to(new.dtype)
+    if rows > len(new):
+        mean = new[:tokens].float().mean(0, keepdim=True).to(new.dtype)
         new = torch.cat([new, mean.expand(rows - len(new), *new.shape[1:])])
     return nn.Parameter(new.clone(), requires_grad=parameter.requires_grad)

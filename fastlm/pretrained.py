@@ -34,7 +34,9 @@ def load(cls, name, *, device=None, dtype=torch.float32):
     directory = find(name)
     config = GPT2Config.load(directory / "config.json")
     held, kind = _held(directory)
-    own = HEAD in held and held[HEAD] != held.setdefault(WTE, held[HEAD])  # one tensor for both is a tied head
+    if config.tie_word_embeddings and HEAD in held:
+        held.setdefault(WTE, held[HEAD])
+    own = HEAD in held and held[HEAD] != held.get(WTE)  # one tensor for both is a tied head
     with torch.device("meta"):
         model = cls(config.model_copy(update={"tie_word_embeddings": config.tie_word_embeddings and not own}))
         _shape_head(model, held, kind)

@@ -2,6 +2,7 @@
 
 import copy
 import threading
+import types
 import warnings
 
 import pytest
@@ -272,6 +273,54 @@ def test_hooks_for_all_modules_count():
     finally:
         hook.remove()
     assert model.why_slow() is None
+
+
+class OfItsLoss(fastlm.GPT2):
+    def forward(self, tokens, targets):
+        return self.loss(tokens, targets)
+
+
+class LogitsAlone(fastlm.GPT2):
+    def forward(self, tokens, targets=None):
+        return super().forward(tokens)[0]
+
+
+class AnObject(fastlm.GPT2):
+    def forward(self, tokens, targets=None):
+        logits, loss = super().forward(tokens, targets)
+        return types.SimpleNamespace(logits=logits, loss=loss)
+
+
+class Nonsense(fastlm.GPT2):
+    def forward(self, tokens, targets=None):
+        return {"a": 1}
+
+
+@pytest.mark.parametrize("kind", [OfItsLoss, LogitsAlone, AnObject])
+def test_forwards_of_the_whole_model_have_several_forms(kind):
+    plain = make()
+    model = kind(plain.config).eval()
+    model.load_state_dict(plain.state_dict())
+    torch.testing.assert_close(model.loss(TOKENS, TOKENS), plain.loss(TOKENS, TOKENS))
+    if kind is OfItsLoss:
+        torch.testing.assert_close(model(TOKENS, TOKENS), plain.loss(TOKENS, TOKENS))
+    else:
+        assert greedy(model) == greedy(plain)
+        assert perplexity.perplexity(model, [1, 2, 3]) == pytest.approx(perplexity.perplexity(plain, [1, 2, 3]))
+
+
+def test_a_forward_of_the_whole_model_that_says_nothing():
+    model = Nonsense(make().config)
+    for call in (lambda: model.loss(TOKENS, TOKENS), lambda: greedy(model)):
+        with pytest.raises(TypeError, match=r"Nonsense's forward returned dict, wanted \(logits \(B, T, V\), loss"):
+            call()
+
+
+def test_an_instances_forward_may_call_the_loss():
+    model = make()
+    own, wanted = model.forward, model.loss(TOKENS, TOKENS)
+    model.forward = lambda *given, **options: (own(*given, **options)[0], 2 * model.loss(*given[:2]))
+    torch.testing.assert_close(model.loss(TOKENS, TOKENS), 2 * wanted)
 
 
 def test_why_slow_and_a_warning_once():

@@ -218,6 +218,26 @@ def test_a_head_of_its_own_that_is_missing(tmp_path):
         fastlm.GPT2.from_pretrained(tmp_path)
 
 
+def test_an_embedding_that_is_missing_beside_a_head_of_its_own(tmp_path):
+    make(tie_word_embeddings=False).save_pretrained(tmp_path)
+    stored = load_file(tmp_path / "model.safetensors")
+    del stored["transformer.wte.weight"]
+    save_file(stored, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"no weights for transformer.wte.weight \(1 missing\)"):
+        fastlm.GPT2.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("head, told", [
+    (nn.Linear(C, 10, bias=False), "lm_head has 10 rows for 61 tokens"), (nn.Identity(), "lm_head.weight is missing"),
+])
+def test_a_head_that_no_file_says_is_not_saved(tmp_path, head, told):
+    model = make()
+    model.lm_head = head
+    with pytest.raises(ValueError, match=told):
+        model.save_pretrained(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("kind", ["int8", "int4"])
 def test_quantised(tmp_path, kind):
     from fastlm.pretrained import save_quantised
@@ -262,6 +282,17 @@ def test_resize(tmp_path, change, of, options, rows, tokens):
         torch.testing.assert_close(model.transformer.wte.weight[V:], mean.expand(rows - V, C), rtol=1e-4, atol=1e-5)
     model.save_pretrained(tmp_path)
     assert fastlm.GPT2.from_pretrained(tmp_path).config == described(model)[0]
+
+
+def test_padding_stays_padding():
+    """Whatever is padded again: the tokens are those that there were."""
+    model = resized(make(), pad_to_multiple_of=64)
+    for options, rows in (({}, 64), ({"pad_to_multiple_of": 64}, 64), ({"pad_to_multiple_of": 96}, 96),
+                          ({"pad_to_multiple_of": 8}, 64)):
+        resized(model, **options)
+        assert (model.config.vocab_size, model.config.unpadded_vocab_size) == (rows, V), options
+    resized(model, V + 1)
+    assert (model.config.vocab_size, model.config.unpadded_vocab_size) == (V + 1, None)
 
 
 @pytest.mark.parametrize("path", ["engine", "modules"])
@@ -311,6 +342,14 @@ def test_no_attention_mask(mask, told):
     for call in (model, lambda tokens, **given: model.generate(tokens, max_new_tokens=1, **given)):
         with pytest.raises(ValueError, match=told):
             call(TOKENS, attention_mask=mask)
+    ones = torch.ones(2, 30, dtype=torch.int64, device=DEVICE)
+    with pytest.raises(ValueError, match="30 tokens a sequence, but the model has n_positions=24"):
+        model(ones, attention_mask=ones)
+    if DEVICE == "cpu":
+        wrong, behind = TOKENS.clone(), torch.ones_like(TOKENS)
+        wrong[1, 5], behind[1, :3] = 999, 0
+        with pytest.raises(ValueError, match=r"token id 999 at \[1, 5\]"):
+            model(wrong, attention_mask=behind)
     with pytest.raises(ValueError, match="attention_mask goes with tokens"):
         model.generate(TOKENS.tolist(), attention_mask=torch.ones_like(TOKENS))
     with pytest.raises(ValueError, match="prompt 1 is empty"):

@@ -245,7 +245,7 @@ def test_logits_never_exist_as_a_whole(backend):
         ({"w": torch.zeros(5, 4).half()}, TypeError, "w is torch.float16, wanted float32"),
         ({"reduction": "avg"}, ValueError, "reduction is 'avg'"),
         ({"scale": torch.ones(2)}, ValueError, r"scale is float32 \(2,\) on cpu, wanted a number, or a tensor \(\)"),
-        ({"scale": torch.ones((), requires_grad=True)}, ValueError, "scale requires a gradient, which it has none of"),
+        ({"scale": torch.ones((), requires_grad=True)}, ValueError, "scale requires a gradient, but there is none"),
         ({"scale": "one"}, TypeError, "scale is 'one', wanted a number"),
     ],
 )

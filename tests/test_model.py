@@ -9,8 +9,11 @@ import warnings
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
 
 import fastlm
+from fastlm.activations import GELU
+from fastlm.cli import app
 from fastlm.config import PRESETS
 
 SIZES = {"vocab_size": 19, "n_positions": 8, "n_embd": 12, "n_layer": 2, "n_head": 3}
@@ -204,6 +207,17 @@ def rectify(model):
         block.mlp.act = torch.nn.ReLU()
 
 
+def the_same_activation(model):
+    for block, act in zip(model.transformer.h, (torch.nn.GELU("tanh"), GELU())):
+        block.mlp.act = act
+    model.transformer.h[1].attn.dropout = 0.5  # block 0's is what is saved
+
+
+def rectify_in_place(model):
+    for block in model.transformer.h:
+        block.mlp.act = torch.nn.ReLU(inplace=True)
+
+
 def more_heads(model):
     for block in model.transformer.h:
         block.attn.n_head = 2
@@ -218,21 +232,50 @@ def other_epsilon(model):
         block.ln_1.eps = block.ln_2.eps = model.transformer.ln_f.eps = 1e-3
 
 
-@pytest.mark.parametrize("change", [drop, double, share, rectify, more_heads, fewer_positions, other_epsilon])
+@pytest.mark.parametrize("change", [drop, double, share, rectify, the_same_activation, rectify_in_place, more_heads,
+                                    fewer_positions, other_epsilon])
 def test_what_is_saved_says_what_the_model_is(saved, change):
     model = fastlm.GPT2.from_pretrained(saved)
     change(model)
     model.save_pretrained(saved)
     again = fastlm.GPT2.from_pretrained(saved)
     tokens = torch.arange(10).view(2, 5)
-    assert again.config != fastlm.GPT2Config(**SIZES) or change is share
+    assert (again.config == fastlm.GPT2Config(**SIZES)) == (change in (share, the_same_activation))
     torch.testing.assert_close(again(tokens)[0], model(tokens)[0], rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.parametrize("place, told", [
+    ("transformer.h.0.attn", "transformer.h.0.attn is of a class of its own, Own"),
+    ("lm_head", "lm_head is of a class of its own, Own"), ("transformer.wte", "transformer.wte is of a class"),
+])
+def test_what_a_class_of_ones_own_does_is_not_in_the_files_and_told(saved, place, told):
+    model = fastlm.GPT2.from_pretrained(saved)
+    module = model.get_submodule(place)
+    module.__class__ = type("Own", (type(module),), {})
+    with pytest.warns(UserWarning, match=f"{told}.*: its weights are saved, what it does is not"):
+        model.save_pretrained(saved)
+
+
+def test_explain_model(saved):
+    def told(*arguments):
+        return CliRunner().invoke(app, ["explain", *map(str, arguments)])
+
+    plain = told("model", saved, "--dtype", "fp32", "--device", "cpu")
+    assert plain.exit_code == 0 and "2 blocks" in plain.output and "float32" in plain.output
+    rewrite(saved / "config.json", activation_function="relu")
+    assert "does not: transformer.h.0.mlp.act is a ReLU" in told("model", saved, "--device", "cpu").output
+    for wrong in (("model",), ("attention", saved), ("model", saved, "--shape", "B=3")):
+        assert isinstance(told(*wrong).exception, ValueError)
+
+
+OwnGELU = type("GELU", (torch.nn.GELU,), {})
+
+
 @pytest.mark.parametrize("change, told", [
-    (lambda h: setattr(h[1].mlp, "act", torch.nn.ReLU()), "transformer.h.1.mlp.act is ReLU.., but .* makes that GELU"),
-    (lambda h: setattr(h[0].mlp, "act", torch.nn.Mish()), "transformer.h.0.mlp.act is Mish.., but"),
-    (lambda h: setattr(h[0].mlp, "act", torch.nn.GELU("tanh")), "is GELU.approximate='tanh'., but .* makes that GELU"),
+    (lambda h: setattr(h[1].mlp, "act", torch.nn.ReLU()),
+     "transformer.h.1.mlp.act is torch.*ReLU, but .* makes that fastlm.*GELU"),
+    (lambda h: setattr(h[0].mlp, "act", torch.nn.Mish()), "transformer.h.0.mlp.act is torch.*Mish, but"),
+    (lambda h: setattr(h[0].mlp, "act", OwnGELU()), "mlp.act is test_model.GELU, but .* makes that fastlm.*GELU"),
     (lambda h: setattr(h[1].attn, "n_head", 2), "transformer.h.1.attn.n_head is 2, but .* makes that 3"),
     (lambda h: setattr(h[0].attn, "scale", 0.3), "transformer.h.0.attn.scale is 0.3, but"),
     (lambda h: setattr(h[1].ln_2, "eps", 0.3), "transformer.h.1.ln_2.eps is 0.3, but"),

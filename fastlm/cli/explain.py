@@ -23,6 +23,8 @@ def explain(
     if (op == "model") != (directory is not None):
         raise ValueError("a directory goes with `fastlm explain model DIR`, and with no op")
     if directory is not None:
+        if shape is not None:
+            raise ValueError(f"--shape {shape} goes with an op: a model has its own")
         return _model(directory, device, dtype)
     from rich.console import Console
 
@@ -69,4 +71,5 @@ def _model(directory, device, dtype):
     told = fast_path.why_not(model, "transformer.h") or fast_path.sizes(model)[1] or fast_path.whole_why_not(model, x)
     for what, reason in (("generation, the engine of a CPU", why_not(model)), ("forward and loss, whole blocks", told)):
         typer.echo(f"{what}: {'serves' if reason is None else f'does not: {reason}'}")
-    typer.echo(f"keys and values are kept in {str(cache_dtype(model)).removeprefix('torch.')}")
+    kept = cache_dtype(model) if why_not(model) is None else model.dtype
+    typer.echo(f"keys and values are kept in {str(kept).removeprefix('torch.')}")

@@ -36,6 +36,6 @@ def perplexity(model, ids, *, progress=lambda done, total: None):
 
 def _logits(model, tokens, cache):
     if fast_path.own_call(model):
-        return model(tokens)[0]
+        return fast_path.logits_of(model, tokens)
     counts = torch.full((1,), tokens.shape[1], dtype=torch.int32, device=model.device)
     return model.lm_head(model.hidden(tokens, positions=cache.begin(counts, tokens.shape[1]), cache=cache))

@@ -121,7 +121,7 @@ def reread(model, texts, left, draw, uniform, stop):
     for step in range(max(left)):
         with inference(model):
             padded = pad_sequence(texts, batch_first=True)  # (B, T); pads stand on the right, where nobody looks
-            logits = model(padded)[0][range(len(texts)), [len(text) - 1 for text in texts]]  # (B, V)
+            logits = fast_path.logits_of(model, padded)[range(len(texts)), [len(text) - 1 for text in texts]]  # (B, V)
             drawn = draw(logits, uniform[:, step]).tolist()
         ids = checked([token if count else ENDED for token, count in zip(drawn, left)])
         left = [0 if token in (stop, ENDED) else count - 1 for token, count in zip(ids, left)]

@@ -65,7 +65,7 @@ def _check_scale(scale, h):
             told = f"{str(scale.dtype).removeprefix('torch.')} {tuple(scale.shape)} on {scale.device}"
             raise ValueError(f"linear_xent: scale is {told}, wanted a number, or a tensor () on {h.device}")
         if scale.requires_grad:
-            raise ValueError("linear_xent: scale requires a gradient, which it has none of")
+            raise ValueError("linear_xent: scale requires a gradient, but there is none for it")
     elif scale is not None and not isinstance(scale, Real):
         raise TypeError(f"linear_xent: scale is {scale!r}, wanted a number, or a tensor () on {h.device}")
 
