@@ -87,7 +87,7 @@ SLICES = {
        for isa in ("generic", "avx2", "avx512", "avx512bf16")},
     "sanitizers": Slice("test_sanitizers.py::test_(an|changed)_", f"CMakeLists.txt {SANITIZED}", 60),
     "changed models": Slice("test_changed_models.py", "fastlm/*.py fastlm/generation/* fastlm/ops/* csrc/cpu/*.cpp "
-                            "tests/test_changed_models.py", 100),
+                            "tests/changes.py tests/test_changed_models.py", 100),
     "build": Slice("test_build.py::(?!test_a_wheel)", "CMakeLists.txt pyproject.toml tests/test_build.py", 50),
     "wheel": Slice("test_build.py::test_a_wheel", "CMakeLists.txt pyproject.toml csrc/bindings.cpp csrc/cpu/isa* "
                    "tests/test_build.py", 60),
@@ -113,7 +113,8 @@ SLICES = {
     "gpu command": Slice("test_gpu_command.py", "benchmarks/gpu/* tests/test_gpu_command.py", 100),
 }
 # Files that the default tests, or a run itself, see to.
-DEFAULT = ".ci/run tests/emulation/module.cpp *.md LICENSE .gitignore benchmarks/results/* tests/test_*.py"
+DEFAULT = (".ci/run tests/emulation/module.cpp tests/fake_gpu* *.md LICENSE .gitignore benchmarks/results/* "
+           "tests/test_*.py")
 
 
 def of(test):
