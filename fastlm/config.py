@@ -115,6 +115,12 @@ class GPT2Config(BaseModel):
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
 
+    def changed(self, **changes):
+        """The config with changes; an end of text that is no longer among its tokens becomes None."""
+        values = {**self.model_dump(), **changes}
+        tokens = changes.get("unpadded_vocab_size") or values["vocab_size"]
+        return type(self)(**{**values, **{name: None for name in ENDS if (values[name] or 0) >= tokens}})
+
     def dump(self):
         """The config.json that transformers reads, as a dict."""
         return {

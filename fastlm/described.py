@@ -87,12 +87,9 @@ def _config(model, weights):
         changes["attn_pdrop"] = getattr(blocks[0].attn, "dropout", config.attn_pdrop)
         changes["resid_pdrop"] = getattr(blocks[0].attn, "residual_dropout", config.resid_pdrop)
         changes["activation_function"] = name_of(getattr(blocks[0].mlp, "act", None), config.activation_function)
-    V = changes["vocab_size"]
-    for name in ("bos_token_id", "eos_token_id"):
-        changes[name] = None if (getattr(config, name) or 0) >= V else getattr(config, name)
-    if (config.unpadded_vocab_size or 0) > V:
+    if (config.unpadded_vocab_size or 0) > changes["vocab_size"]:
         changes["unpadded_vocab_size"] = None
-    return type(config)(**{**config.model_dump(), **changes})
+    return config.changed(**changes)
 
 
 def _facts(parts, plain):

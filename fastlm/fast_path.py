@@ -128,13 +128,14 @@ def called(model, *given, **options):
         result = model(*given, **options)
     finally:
         _calling.models = before
-    pair = result if isinstance(result, (tuple, list)) else (getattr(result, "logits", None),
-                                                             getattr(result, "loss", None))
     if isinstance(result, torch.Tensor):
-        pair = (result, None) if result.dim() == 3 else (None, result)
-    logits, loss = (*pair, None, None)[:2]
-    if (logits is None or (isinstance(logits, torch.Tensor) and logits.dim() == 3)) and (
-            loss is None or (isinstance(loss, torch.Tensor) and not loss.dim())) and (logits, loss) != (None, None):
+        logits, loss = (result, None) if result.dim() == 3 else (None, result)
+    elif isinstance(result, (tuple, list)):
+        logits, loss = (*result, None, None)[:2]
+    else:
+        logits, loss = getattr(result, "logits", None), getattr(result, "loss", None)
+    forms = [value.dim() if isinstance(value, torch.Tensor) else value for value in (logits, loss)]
+    if forms in ([3, 0], [3, None], [None, 0]):
         return logits, loss
     raise TypeError(f"{type(model).__name__}'s forward returned {_form(result)}, wanted (logits (B, T, V), loss ())")
 

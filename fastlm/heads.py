@@ -53,19 +53,16 @@ def resize(model, count, multiple):
         return wte
     old = config.unpadded_vocab_size or config.vocab_size
     asked = old if count is None else count
-    for name, value, least in (("new_num_tokens", asked, 1), ("pad_to_multiple_of", multiple or 1, 1)):
-        if not isinstance(value, int) or value < least:
-            raise ValueError(f"resize_token_embeddings: {name} is {value!r}, wanted a whole number ≥ {least}")
+    multiple = multiple or 1
+    for name, value in (("new_num_tokens", asked), ("pad_to_multiple_of", multiple)):
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"resize_token_embeddings: {name} is {value!r}, wanted a whole number ≥ 1")
     for name, module, kind in (("transformer.wte", wte, nn.Embedding), ("lm_head", head, nn.Linear)):
         if not isinstance(module, kind) or not isinstance(module.weight, nn.Parameter):
             raise ValueError(f"resize_token_embeddings: {name} is a {type(module).__name__}, wanted a {kind.__name__} "
                              "with a weight of its own; merge adapters before")
-    rows, tied = -(-asked // (multiple or 1)) * (multiple or 1), head.weight is wte.weight
-    config = {**config.model_dump(), "vocab_size": rows, "unpadded_vocab_size": None if rows == asked else asked}
-    for end in ("bos_token_id", "eos_token_id"):
-        if (config[end] or 0) >= asked:
-            config[end] = None
-    model.config = type(model.config)(**config)
+    rows, tied = -(-asked // multiple) * multiple, head.weight is wte.weight
+    model.config = config.changed(vocab_size=rows, unpadded_vocab_size=None if rows == asked else asked)
     wte.weight, wte.num_embeddings = _of_length(wte.weight, rows, old), rows
     head.weight, head.out_features = wte.weight if tied else _of_length(head.weight, rows, old), rows
     if head.bias is not None:

@@ -307,8 +307,7 @@ def test_an_interruption_leaves_what_was_there(text_file, tmp_path, monkeypatch,
 def test_a_signal_leaves_nothing_half_made(tmp_path, name):
     number = signal.Signals[name]
     (tmp_path / "text.txt").write_text("".join(f"line {at} of many\n" for at in range(1_000_000)))
-    command = [sys.executable, "-m", "fastlm.cli", "data", "prepare", "text.txt", "--tokenizer", "bytes", "--out",
-               "out"]
+    command = [sys.executable, *"-m fastlm.cli data prepare text.txt --tokenizer bytes --out out".split()]
     run = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     while not any(path.name.startswith(".out-") for path in tmp_path.iterdir()):
         assert run.poll() is None

@@ -5,6 +5,7 @@ import json
 import math
 import struct
 import warnings
+from typing import get_args
 
 import pytest
 import torch
@@ -12,9 +13,9 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import fastlm
-from fastlm.activations import GELU
+from fastlm.activations import GELU, KNOWN
 from fastlm.cli import app
-from fastlm.config import PRESETS
+from fastlm.config import PRESETS, Activation
 
 SIZES = {"vocab_size": 19, "n_positions": 8, "n_embd": 12, "n_layer": 2, "n_head": 3}
 
@@ -176,6 +177,10 @@ def test_an_end_of_text_outside_the_vocabulary_is_left_out(saved, end, kept):
     assert [str(warning.message).partition(": ")[2] for warning in told] == outside * [
         f"eos_token_id={given} lies outside the vocabulary of 19: the model has none"]
     assert len(model.generate([[1]], max_new_tokens=4)[0]) == 5
+
+
+def test_every_activation_that_a_config_may_name_is_there():
+    assert set(get_args(Activation)) == set(KNOWN)
 
 
 def test_the_end_of_text_of_gpt2s_own_vocabulary():
