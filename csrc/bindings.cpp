@@ -11,7 +11,7 @@ namespace {
 
 // A call with its arguments, to be made again and again.
 struct Prepared {
-  Bound<int> op;
+  const Bound<int>& op;
   Packed packed;
   int threads;
 
@@ -27,14 +27,14 @@ void bind_cpu(py::module_& m) {
 #undef FASTLM_CPU_OP
   py::class_<Prepared>(m, "Prepared", py::module_local()).def("__call__", &Prepared::operator());
   bind(m, ops, [](auto& type) {
-    type.def("__call__", [](const Bound<int>& op, const py::bytes& fields, int threads) {
-      const Packed packed(op, fields);
+    type.def("__call__", [](const Op<int>& op, const py::dict& given, int threads) {
+      const Packed packed = op.packed(given);
       py::gil_scoped_release release;
-      op.run(packed.get(), threads);
-    }, py::arg("fields"), py::kw_only(), py::arg("threads"));
-    type.def("prepared", [](const Bound<int>& op, const py::bytes& fields, int threads) {
-      return Prepared{op, Packed(op, fields), threads};
-    }, py::arg("fields"), py::kw_only(), py::arg("threads"));
+      op.bound.run(packed.get(), threads);
+    }, py::arg("given"), py::kw_only(), py::arg("threads"));
+    type.def("prepared", [](const Op<int>& op, const py::dict& given, int threads) {
+      return Prepared{op.bound, op.packed(given), threads};
+    }, py::arg("given"), py::kw_only(), py::arg("threads"));
   });
   m.def("isa", cpu::isa);
   m.def("isas", cpu::isas);

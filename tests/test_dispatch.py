@@ -6,6 +6,9 @@ import sys
 
 import pytest
 import torch
+from conftest import DEVICE
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastlm
 from fastlm import dispatch
@@ -116,6 +119,57 @@ def test_calls_of_a_model_step():
                 loss().backward()
             wanted = {f"{op}_{way}": count for op, count in layers.items() for way in ("fwd", "bwd")} | calls_of_it
             assert dict(calls) == {(op, backend): count for op, count in wanted.items()}
+
+
+class Seen(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func._opname)
+        return func(*args, **(kwargs or {}))
+
+
+class Named(torch.Tensor):
+    """A subclass that is told of what it is given to."""
+
+    names = []
+
+    @staticmethod
+    def __new__(cls, inner):
+        self = torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype, device=inner.device)
+        self.inner = inner
+        return self
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        cls.names.append(func._opname)
+        return func(*(x.inner if isinstance(x, Named) else x for x in args), **(kwargs or {}))
+
+
+def a_call(x, weight):
+    return fastlm.layer_norm(x, weight, torch.zeros(4, device=x.device))
+
+
+def test_what_looks_on_sees_the_ops():
+    """Calls that pass torch's dispatcher over do so where nobody sees it."""
+    x, weight = torch.randn(3, 4, device=DEVICE), torch.ones(4, device=DEVICE, requires_grad=True)
+    both = ["layer_norm_fwd", "layer_norm_bwd"]
+    with Seen() as mode:
+        a_call(x, weight).sum().backward()
+    assert [name for name in mode.names if "layer_norm" in name] == both
+    with torch.profiler.profile() as profiler:
+        a_call(x, weight).sum().backward()
+    told = {event.name for event in profiler.events()}
+    assert {f"fastlm::{name}" for name in both} <= told
+    with torch.no_grad():
+        assert "fastlm::grad_norm" in str(torch.jit.trace(fastlm.grad_norm, (x.flatten(),), check_trace=False).graph)
+    with torch.no_grad(), FakeTensorMode() as fake:
+        assert a_call(fake.from_tensor(x), fake.from_tensor(weight)).shape == (3, 4)
+    with torch.no_grad():
+        wanted, found = a_call(x, weight), a_call(x, Named(weight.detach()))
+    assert Named.names == ["layer_norm_fwd"] and torch.equal(found, wanted)
 
 
 @pytest.mark.parametrize("T, D, dtype, capability, first", [

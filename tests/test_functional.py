@@ -98,6 +98,18 @@ def test_grad_and_vjp_are_autograds(name, backend):
 
 
 @CALLS
+def test_what_a_transform_that_is_over_has_left(name):
+    """A tensor that was kept within a transform is the one beneath it."""
+    function, operands, cotangent = call(name)
+    left = []
+    grad(lambda *inner: left.extend(inner) or sum(x.sum() for x in inner), tuple(range(len(operands))))(*operands)
+    wanted = truth(function, operands, cotangent)[0]
+    with torch.no_grad():
+        same([function(*left)], [wanted])
+    same([function(*left).detach()], [wanted])
+
+
+@CALLS
 def test_samples_are_calls_of_their_own(name):
     """vmap: as a loop over the samples; gradients of each sample; the gradient of a mapped function."""
     function, operands, cotangent = call(name, samples=(SAMPLES,))

@@ -152,8 +152,10 @@ LAYERS = {
     "dropout in generation": ("fastlm/generation/inference.py", "if function in _MODES:", "if False:",
                               "test_fast_path.py"),
     "another sample's operand": ("fastlm/dispatch/samples.py", "leaf.movedim(dim, 0)", "leaf", "test_functional.py"),
-    "a gradient's gradient left out": ("fastlm/ops/once.py", "return _Refusing.apply(told, run, "
-                                       "*unwrap_dead_wrappers(operands))", "return run(*operands)",
+    "a profiler that looks on": ("fastlm/dispatch/__init__.py", "or torch.autograd._profiler_enabled()) and",
+                                 ") and", "test_dispatch.py"),
+    "a gradient's gradient left out": ("fastlm/ops/once.py", "        return _Refusing.apply(told, run, *operands)\n"
+                                       "    return", "        return run(*operands)\n    return",
                                        "test_functional.py"),
     "a replaced layer's bias twice": ("fastlm/gpt2.py", "if fast_path.is_plain(self.c_fc, Conv1D) and",
                                       "if hasattr(self.c_fc, 'bias') and", "test_adapters.py"),

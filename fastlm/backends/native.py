@@ -3,9 +3,6 @@
 `cpu` and `cuda` have a function per torch op; nothing else of fastlm touches _C.
 """
 
-import struct
-from itertools import repeat
-
 import torch
 
 from fastlm.measure import tuned
@@ -19,46 +16,6 @@ _BLOCKS = "between", "h1", "qkv", "o", "lse", "s", "h2", "slope", "g", "statisti
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # csrc/fastlm.h, DType
 
 
-class _Struct:
-    """Packs an op's fields (csrc/fastlm.h) from what they are given as, by name.
-
-    A tensor gives its address, and to the `stride_…` that are declared behind it its strides, unless those are given;
-    None gives zeros; a dtype its number.
-    """
-
-    def __init__(self, op, name):
-        self.name, self.run = name, op
-        self._fields, self._struct = tuple(zip(op.fields, op.format)), struct.Struct(op.format)
-
-    def pack(self, given):
-        values, taken, behind = [], 0, None
-        for name, code in self._fields:
-            if name in given:
-                value = given[name]
-                taken += 1
-                behind = None
-                if code != "P":
-                    value = _DTYPES.get(value, value) if code == "i" else value
-                elif isinstance(value, torch.Tensor):
-                    behind = iter(value.stride())
-                    value = value.data_ptr()
-                elif value is None:
-                    behind = repeat(0)
-                    value = 0
-            elif behind is not None and name.startswith("stride_"):
-                value = next(behind, None)
-            else:
-                raise TypeError(f"{self.name}: missing argument {name}")
-            values.append(value)
-        if taken != len(given):
-            raise TypeError(f"{self.name}: no argument {', '.join(sorted(set(given) - dict(self._fields).keys()))}")
-        try:
-            return self._struct.pack(*values)
-        except (struct.error, RuntimeError, TypeError, ValueError) as error:
-            told = ", ".join(f"{name}={value!r}" for (name, _), value in zip(self._fields, values))
-            raise TypeError(f"{self.name}: {error}: {told}") from None
-
-
 class Launchers:
     """The ops of one compiled library; `queue(device)` gives the arguments that say where a launch goes.
 
@@ -67,18 +24,19 @@ class Launchers:
 
     def __init__(self, library, queue, *, split_decoding=False):
         self._library = library
-        self._ops = {name: _Struct(op, name) for name, op in library.ops.items()}
+        self._ops = library.ops
+        library.dtypes.update(_DTYPES)
         self._queue = queue
         self._split_decoding = split_decoding
 
     def _run(self, op, device, **given):
-        op = self._ops[op]
-        op.run(op.pack(given), **self._queue(device))
+        self._ops[op](given, **self._queue(device))
 
     def softmax_xent_fwd(self, x, y, ignore):
-        N, V = x.shape
-        loss, lse = (torch.empty(N, dtype=torch.float32, device=x.device) for _ in range(2))
-        self._run("softmax_xent_fwd", x.device, loss=loss, lse=lse, x=x, y=y, N=N, V=V, ignore=ignore, dtype=x.dtype)
+        (N, V), device = x.shape, x.device
+        loss = torch.empty(N, dtype=torch.float32, device=device)
+        lse = torch.empty_like(loss)
+        self._run("softmax_xent_fwd", device, loss=loss, lse=lse, x=x, y=y, N=N, V=V, ignore=ignore, dtype=x.dtype)
         return loss, lse
 
     def softmax_xent_bwd(self, dloss, x, y, lse, ignore):
@@ -89,9 +47,10 @@ class Launchers:
         return dx
 
     def softmax_xent_(self, x, dloss, y, ignore):
-        N, V = x.shape
-        loss, lse = (torch.empty(N, dtype=torch.float32, device=x.device) for _ in range(2))
-        self._run("softmax_xent_", x.device, loss=loss, lse=lse, x=x, dloss=dloss, y=y, N=N, V=V, ignore=ignore,
+        (N, V), device = x.shape, x.device
+        loss = torch.empty(N, dtype=torch.float32, device=device)
+        lse = torch.empty_like(loss)
+        self._run("softmax_xent_", device, loss=loss, lse=lse, x=x, dloss=dloss, y=y, N=N, V=V, ignore=ignore,
                   dtype=x.dtype)
         return loss, lse
 
@@ -133,12 +92,13 @@ class Launchers:
         return dx, dbias.to(bias.dtype)
 
     def layer_norm_fwd(self, x, residual, weight, bias, epsilon, dtype):
-        N, C = x.shape
-        y = torch.empty(N, C, dtype=dtype, device=x.device)
-        mean, rstd = (torch.empty(N, dtype=torch.float32, device=x.device) for _ in range(2))
+        (N, C), device = x.shape, x.device
+        y = torch.empty(N, C, dtype=dtype, device=device)
+        mean = torch.empty(N, dtype=torch.float32, device=device)
+        rstd = torch.empty_like(mean)
         like = x if residual is None else residual
-        s = torch.empty((0,) if residual is None else (N, C), dtype=like.dtype, device=x.device)
-        self._run("layer_norm_fwd", x.device, y=y, s=s, mean=mean, rstd=rstd, x=x, residual=residual,
+        s = torch.empty((0,) if residual is None else (N, C), dtype=like.dtype, device=device)
+        self._run("layer_norm_fwd", device, y=y, s=s, mean=mean, rstd=rstd, x=x, residual=residual,
                   weight=weight.float().contiguous(), bias=bias.float().contiguous(), N=N, C=C, epsilon=epsilon,
                   dtype=x.dtype, s_dtype=s.dtype, y_dtype=dtype)
         return y, s, mean, rstd
@@ -232,8 +192,7 @@ class Launchers:
 
     def gpt2_step(self, fields):
         """A function without arguments: one step of a whole GPT-2; fields name all of Gpt2Step (csrc/fastlm.h)."""
-        op = self._ops["gpt2_step"]
-        return op.run.prepared(op.pack(fields), **self._queue(None))
+        return self._ops["gpt2_step"].prepared(fields, **self._queue(None))
 
 
 def _dropped(dropout, seed):

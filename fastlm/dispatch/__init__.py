@@ -20,11 +20,15 @@ from fastlm.dispatch.table import TABLE, Row, forget
 from fastlm.measure import tuned
 
 _library = torch.library.Library("fastlm", "DEF")
+_PLAIN = {torch.Tensor, torch.nn.Parameter, type(None), bool, int, float, torch.dtype}  # arguments
 _calls: Counter | None = None  # (op, backend) → calls, while `record` is on
 
 
 def define(schema, *, family, kernels, order, key, limits, fake):
-    """torch.ops.fastlm.<name>, a new row of the table; `fake` gives the outputs' shapes and dtypes."""
+    """torch.ops.fastlm.<name>, a new row of the table; `fake` gives the outputs' shapes and dtypes.
+
+    What comes back calls it, and where nobody looks on passes torch's dispatcher over, an eighth of a small call.
+    """
     name = schema.split("(")[0]
     row = TABLE[name] = Row(name, family, kernels, order, key, limits)
 
@@ -37,7 +41,18 @@ def define(schema, *, family, kernels, order, key, limits, fake):
     torch.library.register_fake(f"fastlm::{name}", fake, lib=_library)
     op = getattr(torch.ops.fastlm, name).default
     samples.batch(op, _library)
-    return op
+
+    def call(*args):
+        return run(*args) if _unseen(args) else op(*args)
+
+    return op if op._schema.is_mutable else call
+
+
+def _unseen(args):
+    """Whether an op is the same without torch's dispatcher: nothing traces, records or profiles it, or wraps args."""
+    return not (torch.compiler.is_compiling() or torch.is_grad_enabled() or torch._C._len_torch_dispatch_stack()
+                or torch._C._are_functorch_transforms_active() or torch._C._get_tracing_state() is not None
+                or torch.autograd._profiler_enabled()) and _PLAIN.issuperset(map(type, args))
 
 
 def why_not(name, backend, *args):

@@ -9,26 +9,30 @@ def check(op, **tensors):
     Each keyword is `name=(tensor, "B T H D")`: the same letter means the same size everywhere. All tensors must lie
     on one device. Raises TypeError for what is no tensor, ValueError naming op, argument, got and wanted.
     """
-    sizes, owner, device = {}, {}, None
+    sizes, device = {}, None
     for name, (tensor, letters) in tensors.items():
         if not isinstance(tensor, torch.Tensor):
             raise TypeError(f"{op}: {name} is {type(tensor).__name__}, wanted a tensor ({letters})")
-        letters = letters.split()
-        if tensor.dim() != len(letters):
-            wanted = ", ".join(letters)
-            raise ValueError(f"{op}: {name} has shape {tuple(tensor.shape)}, wanted ({wanted})")
-        if device is not None and tensor.device != device[1]:
-            raise ValueError(f"{op}: {name} is on {tensor.device}, but {device[0]} is on {device[1]}")
-        device = device or (name, tensor.device)
-        for letter, size in zip(letters, tensor.shape):
-            if letter.isdigit():
-                if size != int(letter):
-                    raise ValueError(f"{op}: {name} has shape {tuple(tensor.shape)}, wanted ({', '.join(letters)})")
-            elif letter not in sizes:
-                sizes[letter], owner[letter] = size, name
-            elif sizes[letter] != size:
-                raise ValueError(f"{op}: {name} has {letter}={size}, but {owner[letter]} has {letter}={sizes[letter]}")
+        letters, shape = letters.split(), tensor.shape
+        if len(shape) != len(letters):
+            raise ValueError(f"{op}: {name} has shape {tuple(shape)}, wanted ({', '.join(letters)})")
+        if device is None:
+            device = tensor.device
+        elif tensor.device != device:
+            raise ValueError(f"{op}: {name} is on {tensor.device}, but {next(iter(tensors))} is on {device}")
+        for letter, size in zip(letters, shape):
+            if sizes.setdefault(letter, size) != size or letter.isdigit() and size != int(letter):
+                _refuse(op, name, letter, size, tensors)
     return sizes
+
+
+def _refuse(op, name, letter, size, tensors):
+    if letter.isdigit():
+        tensor, letters = tensors[name]
+        raise ValueError(f"{op}: {name} has shape {tuple(tensor.shape)}, wanted ({', '.join(letters.split())})")
+    owner, first = next((other, dict(zip(letters.split(), tensor.shape))[letter])
+                        for other, (tensor, letters) in tensors.items() if letter in letters.split())
+    raise ValueError(f"{op}: {name} has {letter}={size}, but {owner} has {letter}={first}")
 
 
 def check_dtype(op, wanted, **tensors):

@@ -38,7 +38,7 @@ def layer_norm(x, weight, bias, *, residual=None, epsilon=1e-5, dtype=None):
 
 
 class _LayerNorm(Once):
-    op = "layer_norm"
+    op, returned = "layer_norm", 1
 
     @staticmethod
     def forward(x, weight, bias, epsilon, dtype):
@@ -59,7 +59,7 @@ class _LayerNorm(Once):
 
 
 class _AddLayerNorm(Once):
-    op = "layer_norm"
+    op, returned = "layer_norm", 2
 
     @staticmethod
     def forward(x, residual, weight, bias, epsilon, dtype):

@@ -42,20 +42,25 @@ def linear_xent(h, w, y, *, ignore=-100, reduction="mean", scale=None):
     check_dtype("linear_xent", (torch.int64,), y=y)
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"linear_xent: reduction is {reduction!r}, wanted 'mean', 'sum' or 'none'")
-    check_labels("linear_xent", y, w.shape[0], ignore)
+    count = check_labels("linear_xent", y, w.shape[0], ignore)
     _check_scale(scale, h)
     h, w, y = h.contiguous(), w.contiguous(), y.contiguous()
     mean = reduction == "mean"
     if reduction != "none" and torch.is_grad_enabled() and (h.requires_grad or w.requires_grad):
-        return _LinearXentGrad.run(h, w, y, ignore, mean, scale)[0]
-    loss, _ = _LinearXent.run(h, w, y, ignore)
+        return _LinearXentGrad.run(h, w, y, ignore, mean, scale, count)[0]
+    loss = _LinearXent.run(h, w, y, ignore)[0]
     if reduction == "none":
         return loss if scale is None else (loss * scale).to(loss.dtype)
-    return _reduced(loss.sum(), y, ignore, mean, scale)
+    return _reduced(loss.sum(), _count(y, ignore, count) if mean else None, scale)
 
 
-def _reduced(total, y, ignore, mean, scale):
-    loss = total / (y != ignore).sum() if mean else total
+def _count(y, ignore, count):
+    """The rows that count, a number where that is known, else a tensor ()."""
+    return (y != ignore).sum() if count is None else count
+
+
+def _reduced(total, count, scale):
+    loss = total if count is None else total / count
     return loss if scale is None else (loss * scale).to(loss.dtype)
 
 
@@ -71,7 +76,7 @@ def _check_scale(scale, h):
 
 
 class _LinearXent(Once):
-    op = "linear_xent"
+    op, returned = "linear_xent", 1
 
     @staticmethod
     def forward(h, w, y, ignore):
@@ -84,7 +89,7 @@ class _LinearXent(Once):
         ctx.save_for_backward(h, w, y, output[1])
 
     @staticmethod
-    def backward(ctx, dloss, _):
+    def backward(ctx, dloss, *_):
         return *gradient("linear_xent", _gradients, dloss, *ctx.saved_tensors, ctx.ignore), None, None
 
 
@@ -92,17 +97,20 @@ def _gradients(dloss, h, *rest):
     return _bwd(dloss.contiguous(), h.contiguous(), *rest)
 
 
-def _computed(h, w, y, ignore, mean, scale):
+def _computed(h, w, y, ignore, mean, scale, count):
     """(loss, dh, dw, factor): gradients of the loss, or, in fp16, what is to be multiplied by the factor ()."""
-    wide = torch.promote_types(h.dtype, torch.float32)
-    factor = torch.ones((), dtype=wide, device=h.device)
-    if mean:
-        count = (y != ignore).sum()
+    wide, factor = torch.promote_types(h.dtype, torch.float32), 1.0
+    count = _count(y, ignore, count) if mean else None
+    if isinstance(count, torch.Tensor):
         factor = torch.where(count > 0, 1 / count.to(wide), 0.0)  # where all are ignored every gradient is 0
+    elif mean:
+        factor = 1 / count
     if scale is not None:
-        factor = (factor * scale).to(wide)
+        factor = factor * scale
+    numeric = not isinstance(factor, torch.Tensor)
+    factor = torch.full((), factor, dtype=wide, device=h.device) if numeric else factor.to(wide)
     total, dh, dw = _grad(h, w, y, ignore, None if _late(h) else factor)
-    return _reduced(total, y, ignore, mean, scale), dh, dw, factor
+    return _reduced(total, count, scale), dh, dw, factor
 
 
 def _late(h):
@@ -121,8 +129,8 @@ class _Bare(Bare):
     op = "linear_xent"
 
     @staticmethod
-    def forward(ctx, h, w, y, ignore, mean, scale):
-        loss, *saved = _computed(h, w, y, ignore, mean, scale)
+    def forward(ctx, h, w, y, ignore, mean, scale, count):
+        loss, *saved = _computed(h, w, y, ignore, mean, scale, count)
         ctx.save_for_backward(*saved)
         ctx.like = h.new_empty(0), w.new_empty(0)  # their dtypes
         return (loss,)
@@ -132,16 +140,16 @@ class _Bare(Bare):
         refuse_double_backward("linear_xent")
         (h, w), (dh, dw, factor) = ctx.like, ctx.saved_tensors
         if not (_late(h) or torch.compiler.is_compiling()) and dloss.device.type == "cpu" and float(dloss) == 1.0:
-            return dh, dw, *[None] * 4  # as they are: a copy of w's gradient costs as much as AdamW's read of it
-        return *_multiplied(dloss, h, w, dh, dw, factor), *[None] * 4
+            return dh, dw, *[None] * 5  # as they are: a copy of w's gradient costs as much as AdamW's read of it
+        return *_multiplied(dloss, h, w, dh, dw, factor), *[None] * 5
 
 
 class _LinearXentGrad(Once):
     op, bare = "linear_xent", _Bare
 
     @staticmethod
-    def forward(h, w, y, ignore, mean, scale):
-        return _computed(h, w, y, ignore, mean, scale)
+    def forward(h, w, y, ignore, mean, scale, count):
+        return _computed(h, w, y, ignore, mean, scale, count)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -150,7 +158,7 @@ class _LinearXentGrad(Once):
 
     @staticmethod
     def backward(ctx, dloss, *_):
-        return *gradient("linear_xent", _multiplied, dloss, *ctx.saved_tensors), *[None] * 4
+        return *gradient("linear_xent", _multiplied, dloss, *ctx.saved_tensors), *[None] * 5
 
 
 def _limits(backend, h, *_):

@@ -9,7 +9,7 @@ what a small op takes. So there are more of each, with one forward and one backw
 """
 
 import torch
-from torch._functorch.utils import unwrap_dead_wrappers
+from torch._C._functorch import unwrap_if_dead
 
 
 class Bare(torch.autograd.Function):
@@ -24,14 +24,16 @@ class Bare(torch.autograd.Function):
 
 class Once(torch.autograd.Function):
     """`op` is its name, and its backward calls `gradient`; it is called by `run`. `bare` and `functional` are made of
-    it, but for a bare one that can spare something and is given.
+    it, but for a bare one that can spare something and is given. `returned`: how many of forward's results, if not
+    all, a call wants; autograd is then spared the others, which are for the backward.
     """
 
-    op = bare = functional = None
+    op = bare = functional = returned = None
 
     def __init_subclass__(cls):
         if cls.functional is None:
             cls.bare = cls.bare or _bare(cls)
+            cls.applied = super(torch.autograd.Function, cls.bare).apply
             cls.functional = type(cls)(cls.__name__, (cls,), {
                 "functional": True, "jvp": classmethod(Bare.jvp.__func__),
                 "generate_vmap_rule": True})  # of ops of ours alone, which dispatch.samples batches
@@ -40,14 +42,16 @@ class Once(torch.autograd.Function):
     def run(cls, *args):
         if torch.compiler.is_compiling():
             return cls.apply(*args)
-        return (cls.functional if torch._C._are_functorch_transforms_active() else cls.bare).apply(*args)
+        if torch._C._are_functorch_transforms_active():
+            return cls.functional.apply(*args)
+        return cls.applied(*_alive(args))
 
 
 def _bare(once):
     def forward(ctx, *args):
         output = once.forward(*args)
         once.setup_context(ctx, args, output)
-        return output
+        return output if once.returned is None else output[: once.returned]
 
     def backward(ctx, *gradients):
         refuse_double_backward(once.op)
@@ -67,16 +71,26 @@ def gradient(op, run, *operands):
 
     torch.func asks for a graph of them always, in case that they are differentiated in turn: then this one refuses.
     """
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():
+        return run(*operands)
+    operands = _alive(operands)
+    if torch.is_grad_enabled():
         told = f"{op} is differentiable once: the gradient of its gradient was asked for"
-        return _Refusing.apply(told, run, *unwrap_dead_wrappers(operands))
+        return _Refusing.apply(told, run, *operands)
     return run(*operands)
+
+
+def _alive(args):
+    """args, of which tensors that a transform which is over has wrapped are unwrapped, as Function.apply does."""
+    return [unwrap_if_dead(x) if isinstance(x, torch.Tensor) else x for x in args]
 
 
 def without_gradient(told, run, *operands):
     """run(*operands), which says `told` where its gradient is asked for: torch would make it zero."""
-    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():
         return run(*operands)
+    if not torch.is_grad_enabled():
+        return run(*_alive(operands))
     if torch._C._are_functorch_transforms_active() or any(
             isinstance(x, torch.Tensor) and x.requires_grad for x in operands):
         return _Refusing.apply(told, run, *operands)

@@ -35,30 +35,31 @@ def softmax_xent(x, y, *, ignore=-100, reduction="mean", overwrite=False):
         raise ValueError(f"softmax_xent: reduction is {reduction!r}, wanted 'mean', 'sum' or 'none'")
     if overwrite and reduction == "none":
         raise ValueError("softmax_xent: overwrite=True needs reduction 'mean' or 'sum', got 'none'")
-    check_labels("softmax_xent", y, x.shape[1], ignore)
+    count = check_labels("softmax_xent", y, x.shape[1], ignore)
     if overwrite and x.requires_grad and torch.is_grad_enabled() and not transformed():
         if x.is_leaf:
             raise ValueError("softmax_xent: overwrite=True, but x is a leaf, whose values would be lost")
         if inner_contiguous(x) is not x:
             raise ValueError(f"softmax_xent: overwrite=True needs stride 1 along V, got strides {x.stride()}")
-        return _Overwriting.apply(x, y.contiguous(), ignore, reduction == "mean")
-    loss, _ = _SoftmaxXent.run(x, y, ignore)
+        return _Overwriting.apply(x, y.contiguous(), ignore, reduction == "mean", count)
+    loss = _SoftmaxXent.run(x, y, ignore)[0]
     if reduction == "none":
         return loss
     total = loss.sum()
-    return total if reduction == "sum" else total / (y != ignore).sum()
+    return total if reduction == "sum" else total / ((y != ignore).sum() if count is None else count)
 
 
 def check_labels(op, y, vocab, ignore):
-    """Raises ValueError for a label outside [0, vocab) that is not `ignore`, where labels lie on the host."""
-    if y.device.type != "cpu" or torch.compiler.is_compiling():
-        return
-    if not y.numel():
-        return
-    y = beneath(y)
+    """Raises ValueError for a label outside [0, vocab) that is not `ignore`, where labels lie on the host.
+
+    Returns how many rows count, those that are not ignored, where that is seen at once: all of them; else None.
+    """
+    if y.device.type != "cpu" or torch.compiler.is_compiling() or not y.numel():
+        return None
+    rows, y = y.shape[0], beneath(y)
     low, high = torch.aminmax(y)  # one reading of y, where nothing is wrong
     if int(low) >= 0 and int(high) < vocab:
-        return
+        return None if 0 <= ignore < vocab else rows
     wrong = ((y < 0) | (y >= vocab)) & (y != ignore)
     if wrong.any():
         at = wrong.nonzero()[0].tolist()
@@ -66,10 +67,11 @@ def check_labels(op, y, vocab, ignore):
             f"{op}: label {int(y[tuple(at)])} at {at}, wanted 0 ≤ label < {vocab} or ignore={ignore}; "
             "were the labels made with another vocabulary?"
         )
+    return None
 
 
 class _SoftmaxXent(Once):
-    op = "softmax_xent"
+    op, returned = "softmax_xent", 1
 
     @staticmethod
     def forward(x, y, ignore):
@@ -82,7 +84,7 @@ class _SoftmaxXent(Once):
         ctx.save_for_backward(x, y, output[1])
 
     @staticmethod
-    def backward(ctx, dloss, _):
+    def backward(ctx, dloss, *_):
         return gradient("softmax_xent", _gradient, dloss, *ctx.saved_tensors, ctx.ignore), None, None
 
 
@@ -96,8 +98,8 @@ class _Overwriting(Bare):
     op = "softmax_xent"
 
     @staticmethod
-    def forward(ctx, x, y, ignore, mean):
-        count = (y != ignore).sum()
+    def forward(ctx, x, y, ignore, mean, count):
+        count = (y != ignore).sum() if count is None else torch.tensor(count)
         share = (1 / count if mean else torch.ones((), device=x.device)).to(torch.promote_types(x.dtype, torch.float32))
         late = mean and x.dtype == torch.float16  # N times smaller, most would be below fp16's smallest numbers
         dloss = torch.ones_like(share) if late else share
@@ -114,7 +116,7 @@ class _Overwriting(Bare):
         if not (dloss.device.type == "cpu" and float(dloss) == 1.0):
             dx.mul_(dloss)
             torch.autograd.graph.increment_version(x)
-        return dx, None, None, None
+        return dx, None, None, None, None
 
 
 def _key(x, *_):
