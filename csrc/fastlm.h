@@ -116,7 +116,7 @@ struct BiasGeluBwd {
   DType dtype;
 };
 
-// s = x + residual, y = (s - mean) * rstd * weight + bias over the C of a row, rstd = 1 / sqrt(variance + epsilon).
+// s = x + x_bias + residual, y = (s - mean) * rstd * weight + bias over the C of a row, rstd = 1 / sqrt(variance + epsilon).
 struct LayerNormFwd {
   void* y;                // out (N, C), y_dtype, contiguous
   void* s;                // out (N, C), s_dtype, contiguous; null where residual is
@@ -126,6 +126,7 @@ struct LayerNormFwd {
   int64_t stride_xn;
   const void* residual;   // in  (N, C), s_dtype, or null: s is x
   int64_t stride_rn;
+  const float* x_bias;    // in  (C,), or null: 0; with a residual alone
   const float* weight;    // in  (C,)
   const float* bias;      // in  (C,)
   int64_t N, C;
@@ -133,12 +134,13 @@ struct LayerNormFwd {
   DType dtype, s_dtype, y_dtype;
 };
 
-// dx = dresidual = ds + the gradient of the normalisation by s;  dweight_dbias = those of weight and bias.
+// dx = dresidual = ds + the gradient of the normalisation by s;  sums = those of weight and bias, and of x_bias if
+// there are 3.
 struct LayerNormBwd {
   void* dx;               // out (N, C), dtype, contiguous
   void* dresidual;        // out (N, C), s_dtype, contiguous, or null
-  float* dweight_dbias;   // out (2, C)
-  float* scratch;         // (ceil(N / kColumnRows), 2, C)
+  float* sums;            // out (count, C)
+  float* scratch;         // (ceil(N / kColumnRows), count, C)
   const void* dy;         // in  (N, C), y_dtype
   int64_t stride_dyn;
   const void* ds;         // in  (N, C), s_dtype, or null: 0
@@ -148,7 +150,7 @@ struct LayerNormBwd {
   const float* weight;    // in  (C,)
   const float* mean;      // in  (N,)
   const float* rstd;      // in  (N,)
-  int64_t N, C;
+  int64_t N, C, count;
   DType dtype, s_dtype, y_dtype;
 };
 

@@ -1,7 +1,7 @@
 """The fast paths through a GPT-2, which do the work of its modules without calling them, and whether they may.
 
     whole blocks    gpt2_blocks takes several at once, on a CPU in fp32 without dropout
-    sums in norms   a block leaves its last sum to the next norm, which makes it in its own pass
+    sums in norms   a block leaves its sums, of biases too, to the norms, which make them in their own passes
 
 Two more lie in fastlm/generation: the engine of a CPU, and a step's padded head. All ask here first, `why_not` whether
 the modules are what they are taken for, `sizes` whether they fit each other: else a hook, or a forward of somebody's
@@ -22,7 +22,8 @@ from fastlm.ops import BLOCK_WEIGHTS, gpt2_blocks
 AT_ONCE = 2**22  # weights of the blocks that one call of gpt2_blocks takes: their gradients exist together
 PARTS = "layer_norm", "attention", "bias_gelu"  # the ops that whole blocks stand for
 HOOKS = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"  # of a module
-CALLS = "__call__", "_call_impl", "forward", "unadded", "hidden"  # what a fast path stands for, of a class that has it
+# What a fast path stands for, of a class that has it.
+CALLS = "__call__", "_call_impl", "forward", "unadded", "unbiased", "hidden"
 
 
 class _Plain(NamedTuple):
@@ -241,12 +242,13 @@ def hidden(model, x, attends, seeds):
         tell(model, "transformer.h")
     if not len(blocks) or why_not(model, "transformer.ln_f") is not None:
         return None
-    added, given = None, x.dtype
+    added = bias = None
+    given = x.dtype
     try:
         for block, attend, seed in zip(blocks, attends, seeds, strict=True):
-            x, added = block.unadded(x, added, attend, seed)
-        return ln_f(added, x)[0]
-    except RuntimeError as error:
+            x, added, bias = block.unadded(x, added, bias, attend, seed)
+        return ln_f(added, x, bias)[0]
+    except (RuntimeError, TypeError) as error:
         fit, told = sizes(model)
         if told is None and fit.dtype == given:
             raise

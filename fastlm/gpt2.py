@@ -43,14 +43,16 @@ class Embedding(nn.Embedding):
 
 @fast_path.plain()
 class LayerNorm(nn.LayerNorm):
-    """x (B, T, C) normalised, in autocast's dtype where that is on; with a residual, x + residual, and the sum too."""
+    """x (B, T, C) normalised, in autocast's dtype where that is on; with a residual x + x_bias + residual, and the sum.
+    """
 
-    def forward(self, x, residual=None):
+    def forward(self, x, residual=None, x_bias=None):
         dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else None
         flat = None if residual is None else residual.reshape(-1, x.shape[-1])
         weight = x.new_ones(x.shape[-1]) if self.weight is None else self.weight  # as torch's norm may lack them
         bias = torch.zeros_like(weight) if self.bias is None else self.bias
-        y = layer_norm(x.reshape(-1, x.shape[-1]), weight, bias, residual=flat, epsilon=self.eps, dtype=dtype)
+        y = layer_norm(x.reshape(-1, x.shape[-1]), weight, bias, residual=flat, x_bias=x_bias, epsilon=self.eps,
+                       dtype=dtype)
         return y.view(x.shape) if residual is None else (y[0].view(x.shape), y[1].view(x.shape))
 
 
@@ -71,6 +73,13 @@ class Attention(nn.Module):
         self.c_proj = Conv1D(C, C, config.initializer_range / (2 * L) ** 0.5)
 
     def forward(self, x, attend, seed):
+        return F.dropout(self.c_proj(self._mixed(x, attend, seed)), self.residual_dropout, self.training)
+
+    def unbiased(self, x, attend, seed):
+        """(y, bias), whose sum is forward's."""
+        return _unbiased(self, self._mixed(x, attend, seed))
+
+    def _mixed(self, x, attend, seed):
         B, T, C = x.shape
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
         if attend is not None:
@@ -79,7 +88,7 @@ class Attention(nn.Module):
             o = attention_qkv(qkv, scale=self.scale)
         else:
             o = attention_qkv(qkv, scale=self.scale, dropout=self.dropout, seed=seed)
-        return F.dropout(self.c_proj(o.reshape(B, T, C)), self.residual_dropout, self.training)
+        return o.reshape(B, T, C)
 
 
 @fast_path.plain(c_fc=Conv1D, act=GELU, c_proj=Conv1D)
@@ -93,11 +102,23 @@ class MLP(nn.Module):
         self.c_proj = Conv1D(inner, C, config.initializer_range / (2 * L) ** 0.5)
 
     def forward(self, x):
+        return F.dropout(self.c_proj(self._inner(x)), self.residual_dropout, self.training)
+
+    def unbiased(self, x):
+        """(y, bias), whose sum is forward's."""
+        return _unbiased(self, self._inner(x))
+
+    def _inner(self, x):
         if fast_path.is_plain(self.c_fc, Conv1D) and fast_path.is_plain(self.act, GELU):
-            g = self.act(self.c_fc(x, bias=False), self.c_fc.bias)
-        else:
-            g = self.act(self.c_fc(x))
-        return F.dropout(self.c_proj(g), self.residual_dropout, self.training)
+            return self.act(self.c_fc(x, bias=False), self.c_fc.bias)
+        return self.act(self.c_fc(x))
+
+
+def _unbiased(part, x):
+    """(y, bias) of a part's plain c_proj, whose sum is what the part returns; a dropout takes both."""
+    if part.training and part.residual_dropout:
+        return F.dropout(part.c_proj(x), part.residual_dropout), None
+    return part.c_proj(x, bias=False), part.c_proj.bias
 
 
 @fast_path.plain(ln_1=LayerNorm, attn=Attention, ln_2=LayerNorm, mlp=MLP)
@@ -114,19 +135,23 @@ class Block(nn.Module):
 
         It is called with scale=…, too, where the attention has one of its own.
         """
-        x, added = self.unadded(x, None, attend, seed)
-        return x + added
-
-    def unadded(self, x, added, attend, seed):
-        """(x, added) behind the block of x + added: a sum that the next norm makes in its own pass."""
-        normed, x = (self.ln_1(x), x) if added is None else self.ln_1(added, x)
-        added = self.attn(normed, attend, seed)
+        added = self.attn(self.ln_1(x), attend, seed)
         if fast_path.is_plain(self.ln_2, LayerNorm):
             normed, x = self.ln_2(added, x)
         else:
             x = x + added
             normed = self.ln_2(x)
-        return x, self.mlp(normed)
+        return x + self.mlp(normed)
+
+    def unadded(self, x, added, bias, attend, seed):
+        """(x, added, bias) behind the block of x + added + bias, a sum that the next norm makes in its own pass.
+
+        All modules are plain; added is None before the first block, bias where there is none.
+        """
+        normed, x = (self.ln_1(x), x) if added is None else self.ln_1(added, x, bias)
+        added, bias = self.attn.unbiased(normed, attend, seed)
+        normed, x = self.ln_2(added, x, bias)
+        return x, *self.mlp.unbiased(normed)
 
     def weights(self):
         """The weights in gpt2_blocks' order."""

@@ -122,5 +122,5 @@ def bias_gelu_bwd(dy, x, bias):
                 dx, partial, dy, x, bias.contiguous(), dy.stride(0), x.stride(0), N,
                 C=C, BLOCK_N=block_n, BLOCK_C=block_c, num_warps=warps,
             )
-    column_sums(dbias, None, partial, capability)
+    column_sums((dbias,), partial, capability)
     return dx, dbias

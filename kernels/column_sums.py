@@ -1,6 +1,6 @@
 """The sums of the columns of partial results, which the gradients of biases and weights end with.
 
-    first[c] = sum_p partial[p, c],   second[c] = sum_p partial[p, C + c]         where there is a second
+    first[c] = sum_p partial[p, c],   second[c] = sum_p partial[p, C + c],   third[c] = sum_p partial[p, 2 C + c]
 
 One program owns BLOCK_C columns and reads all rows of them, BLOCK_P at a time: no atomics, always the same order.
 """
@@ -12,8 +12,8 @@ import triton.language as tl
 
 @triton.jit
 def _column_sums_kernel(
-    first_ptr, second_ptr,              # out  (C,), (C,) or None
-    partial_ptr,                        # in   (P, WIDTH), WIDTH = C or 2 C
+    first_ptr, second_ptr, third_ptr,   # out  (C,), (C,) or None, (C,) or None
+    partial_ptr,                        # in   (P, WIDTH), WIDTH = C, 2 C or 3 C
     P,
     C: tl.constexpr, WIDTH: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):
@@ -26,7 +26,9 @@ def _column_sums_kernel(
     sums = tl.sum(total, axis=0)                                           # (BLOCK_C,)
     tl.store(first_ptr + c, sums.to(first_ptr.dtype.element_ty), mask=c < C)
     if second_ptr is not None:
-        tl.store(second_ptr + (c - C), sums.to(second_ptr.dtype.element_ty), mask=(c >= C) & (c < WIDTH))
+        tl.store(second_ptr + (c - C), sums.to(second_ptr.dtype.element_ty), mask=(c >= C) & (c < 2 * C))
+    if third_ptr is not None:
+        tl.store(third_ptr + (c - 2 * C), sums.to(third_ptr.dtype.element_ty), mask=(c >= 2 * C) & (c < WIDTH))
 
 
 def _config(P, capability):
@@ -36,13 +38,14 @@ def _config(P, capability):
     return 256, 16, 8
 
 
-def column_sums(first, second, partial, capability):
-    """Writes the sums over p of partial (P, C or 2 C) fp32 into first (C,) and, of its other half, second or None."""
-    (P, width), C = partial.shape, first.shape[0]
+def column_sums(outputs, partial, capability):
+    """Writes the sums over p of partial (P, S C) fp32 into the outputs, S ≤ 3 of (C,)."""
+    (P, width), C = partial.shape, outputs[0].shape[0]
     if not C:
         return
     block_p, block_c, warps = _config(P, capability)
-    with torch.cuda.device_of(first):
+    first, second, third = (*outputs, None, None)[:3]
+    with torch.cuda.device_of(partial):
         _column_sums_kernel[(triton.cdiv(width, block_c),)](
-            first, second, partial, P, C=C, WIDTH=width, BLOCK_P=block_p, BLOCK_C=block_c, num_warps=warps
+            first, second, third, partial, P, C=C, WIDTH=width, BLOCK_P=block_p, BLOCK_C=block_c, num_warps=warps
         )

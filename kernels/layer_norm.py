@@ -1,15 +1,15 @@
 """Layer normalisation of rows, with the addition of a residual before it, and its gradients.
 
-    s[n, c]  = x[n, c] + residual[n, c]                     x[n, c] where there is no residual
+    s[n, c]  = x[n, c] + x_bias[c] + residual[n, c]         x[n, c] where there is no residual
     h[n, c]  = (s[n, c] - mean[n]) * rstd[n]                rstd[n] = 1 / sqrt(variance[n] + epsilon)
     y[n, c]  = h[n, c] * weight[c] + bias[c]
     g[n, c]  = dy[n, c] * weight[c]
     dx[n, c] = (g[n, c] - mean_c g - h[n, c] * mean_c (g h)) * rstd[n] + ds[n, c]
-    dweight[c] = sum_n dy[n, c] h[n, c],   dbias[c] = sum_n dy[n, c]
+    dweight[c] = sum_n dy[n, c] h[n, c],   dbias[c] = sum_n dy[n, c],   dx_bias[c] = sum_n dx[n, c]
 
 Forward: one program owns one row, which stays in registers: memory is read once, though the variance is that of the
 differences from the mean. Backward: as many programs as the GPU holds at once walk over the rows in strides, each
-keeping its share of dweight and dbias in registers, for `column_sums` to add: no atomics, always the same order.
+keeping its share of these sums in registers, for `column_sums` to add: no atomics, always the same order.
 """
 
 import torch
@@ -23,7 +23,7 @@ from .column_sums import column_sums
 def _layer_norm_fwd_kernel(
     y_ptr, s_ptr, mean_ptr, rstd_ptr,                       # out  (N, C), (N, C) or None, (N,), (N,)
     x_ptr, residual_ptr, stride_xn, stride_rn,              # in   (N, C), (N, C) or None
-    weight_ptr, bias_ptr,                                   # in   (C,), (C,)
+    x_bias_ptr, weight_ptr, bias_ptr,                       # in   (C,) or None, (C,), (C,)
     epsilon,
     C: tl.constexpr, BLOCK_C: tl.constexpr,
 ):
@@ -34,6 +34,8 @@ def _layer_norm_fwd_kernel(
     weight = tl.load(weight_ptr + c, mask=inside, other=0.0).to(tl.float32)                # (BLOCK_C,)
     bias = tl.load(bias_ptr + c, mask=inside, other=0.0).to(tl.float32)                    # (BLOCK_C,)
     if residual_ptr is not None:
+        if x_bias_ptr is not None:
+            s += tl.load(x_bias_ptr + c, mask=inside, other=0.0).to(tl.float32)            # (BLOCK_C,)
         residual = tl.load(residual_ptr + n * stride_rn + c, mask=inside, other=0.0)       # (BLOCK_C,)
         rounded = (s + residual.to(tl.float32)).to(s_ptr.dtype.element_ty)
         tl.store(s_ptr + n * C + c, rounded, mask=inside)
@@ -59,17 +61,18 @@ def _bwd_row(dy_ptr, ds_ptr, s_ptr, mean_ptr, rstd_ptr, stride_dyn, stride_dsn, 
 
 @triton.jit
 def _layer_norm_bwd_kernel(
-    dx_ptr, dresidual_ptr, partial_ptr,                     # out  (N, C), (N, C) or None, (programs, 2 C)
+    dx_ptr, dresidual_ptr, partial_ptr,                     # out  (N, C), (N, C) or None, (programs, 2 C or 3 C)
     dy_ptr, ds_ptr, s_ptr,                                  # in   (N, C), (N, C) or None, (N, C)
     stride_dyn, stride_dsn, stride_sn,
     weight_ptr, mean_ptr, rstd_ptr,                         # in   (C,), (N,), (N,)
     N,
-    C: tl.constexpr, BLOCK_C: tl.constexpr, AHEAD: tl.constexpr,
+    C: tl.constexpr, BLOCK_C: tl.constexpr, AHEAD: tl.constexpr, X_BIAS: tl.constexpr,
 ):
     program, programs = tl.program_id(0).to(tl.int64), tl.num_programs(0)
     c = tl.arange(0, BLOCK_C)                                                              # (BLOCK_C,)
     weight = tl.load(weight_ptr + c, mask=c < C, other=0.0).to(tl.float32)                 # (BLOCK_C,)
     dweight, dbias = tl.zeros((BLOCK_C,), tl.float32), tl.zeros((BLOCK_C,), tl.float32)
+    dx_bias = tl.zeros((BLOCK_C,), tl.float32)
     if AHEAD:
         next_dy, next_ds, next_s, next_mean, next_rstd = _bwd_row(
             dy_ptr, ds_ptr, s_ptr, mean_ptr, rstd_ptr, stride_dyn, stride_dsn, stride_sn, program, N, c, C)
@@ -93,9 +96,13 @@ def _layer_norm_bwd_kernel(
             tl.store(dresidual_ptr + n * C + c, dx.to(dresidual_ptr.dtype.element_ty), mask=c < C)
         dweight += slope * h
         dbias += slope
-    partial_ptr += program * (2 * C)
+        if X_BIAS:
+            dx_bias += dx
+    partial_ptr += program * ((3 if X_BIAS else 2) * C)
     tl.store(partial_ptr + c, dweight, mask=c < C)
     tl.store(partial_ptr + C + c, dbias, mask=c < C)
+    if X_BIAS:
+        tl.store(partial_ptr + 2 * C + c, dx_bias, mask=c < C)
 
 
 def _config(C, size, capability):
@@ -119,7 +126,7 @@ def _multiprocessors(x):
     return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 2
 
 
-def layer_norm_fwd(x, residual, weight, bias, epsilon, dtype):
+def layer_norm_fwd(x, residual, x_bias, weight, bias, epsilon, dtype):
     N, C = x.shape
     y = torch.empty(N, C, dtype=dtype, device=x.device)
     mean, rstd = (torch.empty(N, dtype=torch.float32, device=x.device) for _ in range(2))
@@ -131,27 +138,29 @@ def layer_norm_fwd(x, residual, weight, bias, epsilon, dtype):
         with torch.cuda.device_of(x):
             _layer_norm_fwd_kernel[(N,)](
                 y, None if residual is None else s, mean, rstd, x, residual, x.stride(0),
-                0 if residual is None else residual.stride(0), weight.contiguous(), bias.contiguous(), epsilon,
+                0 if residual is None else residual.stride(0), None if x_bias is None else x_bias.contiguous(),
+                weight.contiguous(), bias.contiguous(), epsilon,
                 C=C, BLOCK_C=block, num_warps=warps,
             )
     return y, s, mean, rstd
 
 
-def layer_norm_bwd(dy, ds, s, weight, mean, rstd, dtype):
+def layer_norm_bwd(dy, ds, s, weight, mean, rstd, dtype, x_bias):
     N, C = s.shape
     dx = torch.empty(N, C, dtype=dtype, device=s.device)
     dresidual = torch.empty(N if dtype != s.dtype else 0, C, dtype=s.dtype, device=s.device)
     dweight, dbias = (torch.empty(C, dtype=weight.dtype, device=s.device) for _ in range(2))
+    dx_bias = torch.empty(C if x_bias else 0, dtype=torch.float32, device=s.device)
     capability = _capability(s)
     block, warps, ahead, share = _config(max(C, 1), s.element_size(), capability)
     programs = min(N, share * _multiprocessors(s))
-    partial = torch.empty(programs, 2 * C, dtype=torch.float32, device=s.device)
+    partial = torch.empty(programs, (3 if x_bias else 2) * C, dtype=torch.float32, device=s.device)
     if dx.numel():
         with torch.cuda.device_of(s):
             _layer_norm_bwd_kernel[(programs,)](
                 dx, dresidual if dtype != s.dtype else None, partial, dy, ds, s, dy.stride(0),
                 0 if ds is None else ds.stride(0), s.stride(0), weight.contiguous(), mean, rstd, N,
-                C=C, BLOCK_C=block, AHEAD=ahead, num_warps=warps,
+                C=C, BLOCK_C=block, AHEAD=ahead, X_BIAS=x_bias, num_warps=warps,
             )
-    column_sums(dweight, dbias, partial, capability)
-    return dx, dresidual, dweight, dbias
+    column_sums((dweight, dbias, dx_bias) if x_bias else (dweight, dbias), partial, capability)
+    return dx, dresidual, dweight, dbias, dx_bias

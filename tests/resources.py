@@ -105,14 +105,15 @@ def layer_norm(capability):
     from fastlm.kernels import layer_norm as module
 
     types = {**dict.fromkeys(("mean_ptr", "rstd_ptr", "partial_ptr"), "*fp32"), "epsilon": "fp32"}
-    wide = {**types, **dict.fromkeys(("residual_ptr", "s_ptr", "ds_ptr", "dresidual_ptr", "weight_ptr", "bias_ptr"),
-                                     "*fp32")}  # a residual in fp32, as training in bf16 has it
+    wide = {**types, **dict.fromkeys(("residual_ptr", "s_ptr", "ds_ptr", "dresidual_ptr", "x_bias_ptr", "weight_ptr",
+                                      "bias_ptr"), "*fp32")}  # a residual in fp32, as training in bf16 has it
     fwd, bwd = module._layer_norm_fwd_kernel, module._layer_norm_bwd_kernel
-    absent = {fwd: {"s_ptr": None, "residual_ptr": None}, bwd: {"ds_ptr": None, "dresidual_ptr": None}}
+    absent = {fwd: {"s_ptr": None, "residual_ptr": None, "x_bias_ptr": None},
+              bwd: {"ds_ptr": None, "dresidual_ptr": None}}
     for dtype, C, kernel, alone in itertools.product(DTYPES, (768, 1600, 4096), (fwd, bwd), (False, True)):
         block, warps, ahead, _ = module._config(C, 2 if alone and dtype != "fp32" else 4, capability)
         constants = {"C": C, "BLOCK_C": block, **(absent[kernel] if alone else {})}
-        constants |= {"AHEAD": ahead} if kernel is bwd else {}
+        constants |= {"AHEAD": ahead, "X_BIAS": not alone} if kernel is bwd else {}
         yield f"C={C}{' alone' * alone}", dtype, kernel, types if alone else wide, constants, {"num_warps": warps}
 
 
@@ -133,7 +134,8 @@ def column_sums(capability):
     block_p, block_c, warps = module._config(1056, capability)
     types, constants = {"partial_ptr": "*fp32"}, {"C": 768, "BLOCK_P": block_p, "BLOCK_C": block_c}
     for dtype in DTYPES:
-        for label, others in (("two", {"WIDTH": 1536}), ("one", {"WIDTH": 768, "second_ptr": None})):
+        for label, others in (("three", {"WIDTH": 2304}), ("two", {"WIDTH": 1536, "third_ptr": None}),
+                              ("one", {"WIDTH": 768, "second_ptr": None, "third_ptr": None})):
             yield label, dtype, module._column_sums_kernel, types, {**constants, **others}, {"num_warps": warps}
 
 

@@ -43,9 +43,11 @@ def samples():
         yield "bias_gelu_fwd", (x, bias)
         yield "bias_gelu_bwd", (x, x, bias)
         for residual, dtype in ((None, torch.float32), (x, torch.float32), (x, torch.bfloat16)):
-            y_, s, mean, rstd = torch.ops.fastlm.layer_norm_fwd(x, residual, bias, bias, 1e-5, dtype)
-            yield "layer_norm_fwd", (x, residual, bias, bias, 1e-5, dtype)
-            yield "layer_norm_bwd", (y_, residual, x if residual is None else s, bias, mean, rstd, torch.float32)
+            x_bias = None if residual is None else bias
+            y_, s, mean, rstd = torch.ops.fastlm.layer_norm_fwd(x, residual, x_bias, bias, bias, 1e-5, dtype)
+            yield "layer_norm_fwd", (x, residual, x_bias, bias, bias, 1e-5, dtype)
+            yield "layer_norm_bwd", (y_, residual, x if residual is None else s, bias, mean, rstd, torch.float32,
+                                     x_bias is not None)
         h = x.contiguous()
         yield "linear_xent_fwd", (h, w, labels, -100)
         yield "linear_xent_bwd", (torch.ones_like(loss), h, w, labels, lse, -100)

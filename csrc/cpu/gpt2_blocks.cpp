@@ -137,7 +137,7 @@ void norm_backward(float* dx, float* sums, float* scratch, const float* dy, cons
                    const Norm& norm, const float* statistics, int64_t N, int64_t C, int64_t m0, int64_t rows) {
   for (int64_t m = m0; m < m0 + rows; m += kRows) {
     LayerNormBwd op{};
-    op.dx = dx + m * C, op.dweight_dbias = sums + m / kRows * 2 * C, op.scratch = scratch + m / kRows * 4 * C;
+    op.dx = dx + m * C, op.count = 2, op.sums = sums + m / kRows * 2 * C, op.scratch = scratch + m / kRows * 4 * C;
     op.dy = dy + m * C, op.stride_dyn = C, op.ds = ds + m * C, op.stride_dsn = C, op.s = x + m * C, op.stride_sn = C;
     op.weight = norm.w, op.mean = statistics + m, op.rstd = statistics + N + m;
     op.N = std::min(kRows, m0 + rows - m), op.C = C;

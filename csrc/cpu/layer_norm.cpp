@@ -1,7 +1,7 @@
 // Layer normalisation on the CPU, with the addition of a residual before it:
 //
-//   s = x + residual,  y = (s - mean) rstd w + b,  rstd = 1 / sqrt(variance + epsilon)             (C,) a row
-//   ds = ds + rstd (g - mean(g) - h mean(g h))  with g = dy w, h = (s - mean) rstd;  dw += dy h;  db += dy
+//   s = x + x_bias + residual,  y = (s - mean) rstd w + b,  rstd = 1 / sqrt(variance + epsilon)             (C,) a row
+//   ds = ds + rstd (g - mean(g) - h mean(g h))  with g = dy w, h = (s - mean) rstd;  dw += dy h;  db += dy;  dx_bias += ds
 //
 // A row is widened to fp32 in a buffer that stays in the first-level cache, whatever the dtypes of x, s and y are.
 #include <algorithm>
@@ -83,8 +83,13 @@ void normalise(const LayerNormFwd& op, int64_t n, Rows& rows) {
     const float* residual = row_of(op.residual, op.s_dtype, n, op.stride_rn, C, rows[1]);
     float* added = rows[2];
     int64_t c = 0;
-    for (; c + kLanes <= C; c += kLanes) store(added + c, load(s + c) + load(residual + c));
-    for (; c < C; c++) added[c] = s[c] + residual[c];
+    if (op.x_bias) {
+      for (; c + kLanes <= C; c += kLanes) store(added + c, load(s + c) + load(op.x_bias + c) + load(residual + c));
+      for (; c < C; c++) added[c] = s[c] + op.x_bias[c] + residual[c];
+    } else {
+      for (; c + kLanes <= C; c += kLanes) store(added + c, load(s + c) + load(residual + c));
+      for (; c < C; c++) added[c] = s[c] + residual[c];
+    }
     write_row(op.s, op.s_dtype, n, added, C);
     s = row_of(op.s, op.s_dtype, n, C, C, added);  // as it was rounded: backward normalises the same numbers
   }
@@ -125,10 +130,10 @@ void layer_norm_fwd(const LayerNormFwd& op, int threads) {
 
 void layer_norm_bwd(const LayerNormBwd& op, int threads) {
   const int64_t C = op.C;
-  column_sums(op.dweight_dbias, op.scratch, op.N, 2 * C, 24 * C, threads,
+  column_sums(op.sums, op.scratch, op.N, op.count * C, 24 * C, threads,
               [&](int64_t first, int64_t last, float* sums) {
     Rows rows(4, C);
-    float *dweight = sums, *dbias = sums + C;
+    float *dweight = sums, *dbias = sums + C, *dx_bias = op.count == 3 ? sums + 2 * C : nullptr;
     for (int64_t n = first; n < last; n++) {
       const float* s = row_of(op.s, op.s_dtype, n, op.stride_sn, C, rows[0]);
       const float* dy = row_of(op.dy, op.y_dtype, n, op.stride_dyn, C, rows[1]);
@@ -161,6 +166,10 @@ void layer_norm_bwd(const LayerNormBwd& op, int threads) {
         dweight[c] += dy[c] * h1(c);
         dbias[c] += dy[c];
         dx[c] = (dy[c] * w[c] - g_mean - h1(c) * gh_mean) * rstd + (ds ? ds[c] : 0.0f);
+      }
+      if (dx_bias) {
+        for (c = 0; c + kLanes <= C; c += kLanes) store(dx_bias + c, load(dx_bias + c) + load(dx + c));
+        for (; c < C; c++) dx_bias[c] += dx[c];
       }
       write_row(op.dx, op.dtype, n, dx, C);
       if (op.dresidual) write_row(op.dresidual, op.s_dtype, n, dx, C);

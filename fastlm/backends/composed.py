@@ -35,12 +35,12 @@ class Composed:
     def _forward(self, x, weights, shape, heads, epsilon):
         ln_1_w, ln_1_b, qkv_w, qkv_b, proj_w, proj_b, ln_2_w, ln_2_b, up_w, up_b, down_w, down_b = weights
         B, T, C = shape
-        h1, _, *statistics = self.ops.layer_norm_fwd(x, None, ln_1_w, ln_1_b, epsilon, x.dtype)
+        h1, _, *statistics = self.ops.layer_norm_fwd(x, None, None, ln_1_w, ln_1_b, epsilon, x.dtype)
         qkv = torch.addmm(qkv_b, h1, qkv_w)
         o, lse = self.ops.attention_qkv_fwd(qkv.view(B, T, 3, heads, C // heads), 1, (C // heads) ** -0.5, 0.0, None)
         o = o.reshape(-1, C)
         s = x + torch.addmm(proj_b, o, proj_w)
-        h2, _, *more = self.ops.layer_norm_fwd(s, None, ln_2_w, ln_2_b, epsilon, x.dtype)
+        h2, _, *more = self.ops.layer_norm_fwd(s, None, None, ln_2_w, ln_2_b, epsilon, x.dtype)
         u = torch.addmm(up_b, h2, up_w)
         g = self.ops.bias_gelu_fwd(u, torch.zeros_like(up_b))
         slope, _ = self.ops.bias_gelu_bwd(torch.ones_like(u), u, torch.zeros_like(up_b))
@@ -52,11 +52,11 @@ class Composed:
         B, T, C = shape
         parts, D = (B, T, heads, C // heads), C // heads
         du = (dy @ down_w.t()) * slope
-        ds, _, *d_ln_2 = self.ops.layer_norm_bwd(du @ up_w.t(), dy, s, ln_2_w, mean_2, rstd_2, x.dtype)
+        ds, _, *d_ln_2, _ = self.ops.layer_norm_bwd(du @ up_w.t(), dy, s, ln_2_w, mean_2, rstd_2, x.dtype, False)
         do = (ds @ proj_w.t()).view(parts)
         dqkv = self.ops.attention_qkv_bwd(do, qkv.view(B, T, 3, heads, D), o.view(parts), lse, 1, D**-0.5, 0.0, None)
         dqkv = dqkv.reshape(-1, 3 * C)
-        dx, _, *d_ln_1 = self.ops.layer_norm_bwd(dqkv @ qkv_w.t(), ds, x, ln_1_w, mean_1, rstd_1, x.dtype)
+        dx, _, *d_ln_1, _ = self.ops.layer_norm_bwd(dqkv @ qkv_w.t(), ds, x, ln_1_w, mean_1, rstd_1, x.dtype, False)
         return dx, [*d_ln_1, h1.t() @ dqkv, dqkv.sum(0), o.t() @ ds, ds.sum(0),
                     *d_ln_2, h2.t() @ du, du.sum(0), g.t() @ dy, dy.sum(0)]
 

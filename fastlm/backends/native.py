@@ -91,28 +91,29 @@ class Launchers:
                   bias=bias.float().contiguous(), N=N, C=C, dtype=x.dtype)
         return dx, dbias.to(bias.dtype)
 
-    def layer_norm_fwd(self, x, residual, weight, bias, epsilon, dtype):
+    def layer_norm_fwd(self, x, residual, x_bias, weight, bias, epsilon, dtype):
         (N, C), device = x.shape, x.device
         y = torch.empty(N, C, dtype=dtype, device=device)
         mean = torch.empty(N, dtype=torch.float32, device=device)
         rstd = torch.empty_like(mean)
         like = x if residual is None else residual
         s = torch.empty((0,) if residual is None else (N, C), dtype=like.dtype, device=device)
-        self._run("layer_norm_fwd", device, y=y, s=s, mean=mean, rstd=rstd, x=x, residual=residual,
+        x_bias = None if x_bias is None else x_bias.float().contiguous()
+        self._run("layer_norm_fwd", device, y=y, s=s, mean=mean, rstd=rstd, x=x, residual=residual, x_bias=x_bias,
                   weight=weight.float().contiguous(), bias=bias.float().contiguous(), N=N, C=C, epsilon=epsilon,
                   dtype=x.dtype, s_dtype=s.dtype, y_dtype=dtype)
         return y, s, mean, rstd
 
-    def layer_norm_bwd(self, dy, ds, s, weight, mean, rstd, dtype):
-        N, C = s.shape
+    def layer_norm_bwd(self, dy, ds, s, weight, mean, rstd, dtype, x_bias):
+        (N, C), count = s.shape, 3 if x_bias else 2
         dx = torch.empty(N, C, dtype=dtype, device=s.device)
         dresidual = torch.empty(N if dtype != s.dtype else 0, C, dtype=s.dtype, device=s.device)
-        sums, scratch = self._column_sums(N, 2 * C, s.device)
+        sums, scratch = self._column_sums(N, count * C, s.device)
         self._run("layer_norm_bwd", s.device, dx=dx, dresidual=dresidual if dtype != s.dtype else None,
-                  dweight_dbias=sums, scratch=scratch, dy=dy, ds=ds, s=s, weight=weight.float().contiguous(), mean=mean,
-                  rstd=rstd, N=N, C=C, dtype=dtype, s_dtype=s.dtype, y_dtype=dy.dtype)
-        dweight, dbias = sums.to(weight.dtype).split(C)
-        return dx, dresidual, dweight.clone(), dbias.clone()
+                  sums=sums, scratch=scratch, dy=dy, ds=ds, s=s, weight=weight.float().contiguous(), mean=mean,
+                  rstd=rstd, N=N, C=C, count=count, dtype=dtype, s_dtype=s.dtype, y_dtype=dy.dtype)
+        dweight, dbias, dx_bias = (sums[i * C : (i + 1) * C].clone() for i in range(3))  # empty beyond count
+        return dx, dresidual, dweight.to(weight.dtype), dbias.to(weight.dtype), dx_bias
 
     def _column_sums(self, N, width, device):
         """(sums (width,), scratch) of what adds up over N rows."""

@@ -67,9 +67,12 @@ def _gelu_argument(u):
     return (2 / math.pi) ** 0.5 * (u + 0.044715 * u * u * u)
 
 
-def layer_norm_fwd(x, residual, weight, bias, epsilon, dtype):
-    s = x if residual is None else (x.to(residual.dtype) + residual)
+def layer_norm_fwd(x, residual, x_bias, weight, bias, epsilon, dtype):
+    s = x if residual is None else x.to(residual.dtype)
     wide = torch.promote_types(s.dtype, torch.float32)
+    if residual is not None:
+        added = s + residual if x_bias is None else x.to(wide) + x_bias.to(wide) + residual.to(wide)
+        s = added.to(residual.dtype)
     s_ = s.to(wide)
     mean = s_.mean(1)
     rstd = 1 / ((s_ - mean[:, None]).square().mean(1) + epsilon).sqrt()
@@ -77,14 +80,15 @@ def layer_norm_fwd(x, residual, weight, bias, epsilon, dtype):
     return y.to(dtype), s if residual is not None else x.new_empty(0), mean, rstd
 
 
-def layer_norm_bwd(dy, ds, s, weight, mean, rstd, dtype):
+def layer_norm_bwd(dy, ds, s, weight, mean, rstd, dtype, x_bias):
     h = (s.to(mean.dtype) - mean[:, None]) * rstd[:, None]
     dy = dy.to(mean.dtype)
     g = dy * weight.to(mean.dtype)
     dx = (g - g.mean(1, keepdim=True) - h * (g * h).mean(1, keepdim=True)) * rstd[:, None]
     dx = dx if ds is None else dx + ds.to(mean.dtype)
     dresidual = dx.to(s.dtype) if dtype != s.dtype else dx.new_empty(0, dtype=s.dtype)
-    return dx.to(dtype), dresidual, (dy * h).sum(0).to(weight.dtype), dy.sum(0).to(weight.dtype)
+    dx_bias = dx.sum(0) if x_bias else dx.new_empty(0)
+    return dx.to(dtype), dresidual, (dy * h).sum(0).to(weight.dtype), dy.sum(0).to(weight.dtype), dx_bias
 
 
 def adamw_(p, g, exp_avg, exp_avg_sq, scale, step, learning_rate, beta1, beta2, epsilon, weight_decay):

@@ -48,8 +48,9 @@ def bias_gelu_bwd(dy, x, bias):
     return dx, dx.sum(0, dtype=torch.promote_types(x.dtype, torch.float32)).to(bias.dtype)
 
 
-def layer_norm_fwd(x, residual, weight, bias, epsilon, dtype):
-    s = x if residual is None else residual + x
+def layer_norm_fwd(x, residual, x_bias, weight, bias, epsilon, dtype):
+    x = x if x_bias is None else x + x_bias
+    s = x if residual is None else (residual + x).to(residual.dtype)
     w, b = weight.to(s.dtype), bias.to(s.dtype)
     y, mean, rstd = aten.native_layer_norm(s, s.shape[1:], w, b, epsilon)
     statistics = torch.promote_types(s.dtype, torch.float32)  # the CPU gives those of bf16 in bf16
@@ -58,14 +59,15 @@ def layer_norm_fwd(x, residual, weight, bias, epsilon, dtype):
     return y.to(dtype), s if residual is not None else x.new_empty(0), mean[:, 0], rstd[:, 0]
 
 
-def layer_norm_bwd(dy, ds, s, weight, mean, rstd, dtype):
+def layer_norm_bwd(dy, ds, s, weight, mean, rstd, dtype, x_bias):
     wide = mean.dtype
     dx, dweight, dbias = aten.native_layer_norm_backward(
         dy.to(wide), s.to(wide), s.shape[1:], mean[:, None], rstd[:, None], weight.to(wide), weight.to(wide),
         [True, True, True])
     dx = dx if ds is None else dx + ds
     dresidual = dx.to(s.dtype) if dtype != s.dtype else dx.new_empty(0, dtype=s.dtype)
-    return dx.to(dtype), dresidual, dweight.to(weight.dtype), dbias.to(weight.dtype)
+    dx_bias = dx.sum(0, dtype=wide) if x_bias else dx.new_empty(0, dtype=wide)
+    return dx.to(dtype), dresidual, dweight.to(weight.dtype), dbias.to(weight.dtype), dx_bias
 
 
 def adamw_(p, g, exp_avg, exp_avg_sq, scale, step, learning_rate, beta1, beta2, epsilon, weight_decay):
