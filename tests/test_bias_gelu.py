@@ -45,6 +45,13 @@ def test_inputs(backend, kind, dtype):
     check(numerics.inputs(kind, (6, 127), dtype), numerics.inputs("normal", (127,), torch.float32, 1), backend)
 
 
+@pytest.mark.parametrize("dtype", numerics.DTYPES, ids=str)
+@pytest.mark.parametrize("kind", numerics.KINDS)
+def test_the_parts_that_inductor_is_given(kind, dtype, monkeypatch):
+    monkeypatch.setattr(fastlm.ops.module(FAMILY), "left_to_inductor", lambda *_: True)
+    check(numerics.inputs(kind, (6, 127), dtype), numerics.inputs("normal", (127,), torch.float32, 1), "inductor")
+
+
 def test_far_from_zero_it_is_the_line_or_zero(backend):
     if backend == "torch":
         pytest.skip("PyTorch's own slope is NaN where x³ overflows")

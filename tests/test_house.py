@@ -135,8 +135,8 @@ def test_only_native_calls_the_compiled_module():
 def test_kernel_files_hold_no_torch_mathematics():
     """Only the torch backend and the oracle may compute with PyTorch."""
     allowed = {"empty", "empty_like", "float32", "bfloat16", "float16", "get_num_threads", "cuda",
-               "get_device_capability", "get_device_properties", "current_stream", "device_of", "Tensor", "int8", "int64",
-               "dtype", "tensor"}  # of addresses
+               "get_device_capability", "get_device_properties", "current_stream", "device_of", "Tensor", "int8",
+               "int64", "dtype", "tensor"}  # of addresses
     for path in (ROOT / "fastlm" / "backends" / "native.py", *(ROOT / "kernels").glob("*.py")):
         used = set(re.findall(r"\btorch\.(?:cuda\.)?(\w+)", path.read_text()))
         assert used <= allowed, (path.name, used - allowed)

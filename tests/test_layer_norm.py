@@ -133,6 +133,16 @@ def test_as_autocast_uses_it(backend):
     check(residual, None, backend, dtype=torch.bfloat16)
 
 
+@pytest.mark.parametrize("dtypes", DTYPE_PAIRS, ids=str)
+@pytest.mark.parametrize("kind", ["normal", "offset 100", "outlier"])
+def test_the_parts_that_inductor_is_given(kind, dtypes, monkeypatch):
+    monkeypatch.setattr(fastlm.ops.module(FAMILY), "left_to_inductor", lambda *_: True)
+    x, residual = operands(kind, 6, 127, dtypes)
+    check(x, None, "inductor")
+    check(x, residual, "inductor")
+    check(x, residual, "inductor", rides=True)
+
+
 def test_equal_values_are_the_bias(backend):
     bias = torch.randn(37, device=DEVICE)
     y = fastlm.layer_norm(torch.full((2, 37), 0.7, device=DEVICE), torch.ones(37, device=DEVICE), bias)

@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastlm
 import fastlm.ops
+from fastlm import dispatch
 from fastlm.dispatch.table import TABLE
 from fastlm.ops import BLOCK_WEIGHTS
 
@@ -190,6 +191,29 @@ def test_compiled_model_trains_a_step_with_the_same_loss(method):
     assert losses[:2] == pytest.approx(losses[2:], rel=1e-5) and losses[1] < losses[0]
     for mine, theirs in zip(model.parameters(), twin.parameters()):
         torch.testing.assert_close(theirs, mine, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("forced", [False, True])
+def test_pointwise_ops_are_left_to_inductor_on_a_gpu(monkeypatch, forced):
+    """As if this were one: norms and GELU are traced as what they are made of, unless a backend is forced for them."""
+    torch._dynamo.reset()
+    monkeypatch.setattr(dispatch, "is_gpu", lambda x: True)
+    torch.manual_seed(1)
+    model, recorded = small_model(), torch._dynamo.testing.EagerAndRecordGraphs()
+    tokens = torch.randint(61, (2, 9), device=DEVICE)
+    with fastlm.use(attention="torch", **({"layer_norm": "torch", "bias_gelu": "torch"} if forced else {})):
+        loss = torch.compile(model.loss, fullgraph=True, backend=recorded)(tokens[:, :-1], tokens[:, 1:])
+    loss.backward()
+    found = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    plain = model.loss(tokens[:, :-1], tokens[:, 1:])
+    plain.backward()
+    torch.testing.assert_close(loss, plain)
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(found[name], parameter.grad, rtol=1e-4, atol=1e-6)
+    traced = recorded.graphs[0].print_readable(print_output=False)
+    assert "fastlm.attention_qkv_fwd" in traced and "fastlm.linear_xent_grad" in traced
+    assert ("fastlm.layer_norm_fwd" in traced) == ("fastlm.bias_gelu_fwd" in traced) == forced
 
 
 def test_dynamic_batch_is_one_frame():

@@ -23,7 +23,8 @@ BUGS = {
     "missing bias": ("fastlm/gpt2.py", "torch.addmm(self.bias,", "torch.addmm(0 * self.bias,"),
     "residual forgotten": ("fastlm/gpt2.py", "return x, *self.mlp.unbiased(normed)",
                            "return 0 * x, *self.mlp.unbiased(normed)"),
-    "a bias that rides is lost": ("fastlm/gpt2.py", "bias=False), part.c_proj.bias", "bias=False), 0 * part.c_proj.bias"),
+    "a bias that rides is lost": ("fastlm/gpt2.py", "bias=False), part.c_proj.bias",
+                                  "bias=False), 0 * part.c_proj.bias"),
     "q and k exchanged": ("fastlm/backends/reference.py", 'torch.einsum("bthd,bshd->bhts", q, k) * scale',
                           'torch.einsum("bthd,bshd->bhts", k, q) * scale if q.shape == k.shape else '
                           'torch.einsum("bthd,bshd->bhts", q, k) * scale'),

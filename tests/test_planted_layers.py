@@ -157,8 +157,8 @@ LAYERS = {
     "another sample's operand": ("fastlm/dispatch/samples.py", "leaf.movedim(dim, 0)", "leaf", "test_functional.py"),
     "a profiler that looks on": ("fastlm/dispatch/__init__.py", "or torch.autograd._profiler_enabled()) and",
                                  ") and", "test_dispatch.py"),
-    "a gradient's gradient left out": ("fastlm/ops/once.py", 'told = f"{op} is differentiable once: the gradient of its '
-                                       'gradient was asked for"', "return run(*operands)", "test_functional.py"),
+    "a gradient's gradient left out": ("fastlm/ops/once.py", 'told = f"{op} is differentiable once: the gradient of '
+                                       'its gradient was asked for"', "return run(*operands)", "test_functional.py"),
     "a replaced layer's bias twice": ("fastlm/gpt2.py", "if fast_path.is_plain(self.c_fc, Conv1D) and",
                                       "if hasattr(self.c_fc, 'bias') and", "test_adapters.py"),
     "a replaced head is passed over": ("fastlm/heads.py", "if fast_path.is_plain(head, nn.Linear):",

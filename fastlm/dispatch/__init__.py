@@ -55,6 +55,16 @@ def _unseen(args):
                 or torch.autograd._profiler_enabled()) and _PLAIN.issuperset(map(type, args))
 
 
+def left_to_inductor(family, x):
+    """Whether an op of pointwise parts is better given to torch.compile as those, to be fused with its neighbours: on a
+    GPU, where no backend is forced."""
+    return torch.compiler.is_compiling() and is_gpu(x) and forced(family) is None
+
+
+def is_gpu(x):
+    return x.device.type == "cuda"
+
+
 def why_not(name, backend, *args):
     """None where `backend` can run torch op `name` on `args`, else a sentence. Without args: on this machine at all."""
     row = TABLE[name]

@@ -1,12 +1,12 @@
 """Which backends are forced: by `use`, or from the start by FASTLM_BACKEND."""
 
-import functools
 import os
 
 from fastlm.backends.machine import BACKENDS, machine_why_not
 from fastlm.dispatch.refusal import Refused
 from fastlm.dispatch.table import TABLE, backends_of, forget
 
+_read = False  # the environment
 _forced: dict[str, str] = {}  # family or torch op → backend; "*" stands for every family that has it
 
 
@@ -60,13 +60,17 @@ def _force(wanted, said="use"):
     forget()
 
 
-@functools.cache
 def _read_environment():
     """Takes FASTLM_BACKEND, `triton` or `attention=cuda,softmax_xent=triton`, the first time it matters."""
+    global _read
+    if _read:
+        return
     text = os.environ.get("FASTLM_BACKEND", "").strip()
     if not text:
+        _read = True
         return
     pairs = [part.partition("=") for part in text.split(",")] if "=" in text else [("*", "=", text)]
     if bad := [part for part, equals, _ in pairs if not equals]:
         raise ValueError(f"FASTLM_BACKEND: got {bad[0]!r}, wanted a backend, or op=backend,op=backend")
     _force({op.strip(): backend.strip() for op, _, backend in pairs}, "FASTLM_BACKEND")
+    _read = True

@@ -1,8 +1,9 @@
 """layer_norm: normalisation over the last dimension, with the addition of a residual before it in the same pass."""
 
 import torch
+import torch.nn.functional as F
 
-from fastlm.dispatch import define
+from fastlm.dispatch import define, left_to_inductor
 from fastlm.dispatch.table import homes
 from fastlm.ops.checks import check, check_dtype, inner_contiguous
 from fastlm.ops.once import Once, gradient
@@ -40,9 +41,20 @@ def layer_norm(x, weight, bias, *, residual=None, x_bias=None, epsilon=1e-5, dty
     dtype = s_dtype if dtype is None else dtype
     if dtype not in (x.dtype, s_dtype, *KERNEL_DTYPES):
         raise TypeError(f"layer_norm: dtype is {dtype}, wanted float32, bfloat16 or float16")
+    if left_to_inductor("layer_norm", x):
+        return _composition(x, weight, bias, residual, x_bias, epsilon, dtype)
     if residual is None:
         return _LayerNorm.run(x, weight, bias, epsilon, dtype)[0]
     return _AddLayerNorm.run(x, residual, x_bias, weight, bias, epsilon, dtype)[:2]
+
+
+def _composition(x, weight, bias, residual, x_bias, epsilon, dtype):
+    s, wide = x, torch.promote_types(x.dtype, torch.float32)
+    if residual is not None:
+        s = x.to(wide) + residual if x_bias is None else x.to(wide) + x_bias + residual
+        s = s.to(residual.dtype)
+    y = F.layer_norm(s.to(wide), weight.shape, weight.to(wide), bias.to(wide), epsilon).to(dtype)
+    return y if residual is None else (y, s)
 
 
 class _LayerNorm(Once):
