@@ -154,7 +154,7 @@ struct LayerNormBwd {
   DType dtype, s_dtype, y_dtype;
 };
 
-// A step of AdamW (decoupled weight decay) over n values, with gradients g * scale.
+// A step of AdamW (decoupled weight decay) over n values, with gradients g * scale; none where scale is not finite.
 struct Adamw {
   float* p;               // inout (n,)
   const float* g;         // in    (n,)

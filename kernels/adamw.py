@@ -4,7 +4,7 @@
     p = p (1 - rate · weight_decay) - rate / (1 - beta1^step) m / (sqrt(v) / sqrt(1 - beta2^step) + epsilon)
 
 One program owns BLOCK elements. What depends on the step alone is computed on the host, as floats, which Triton does
-not compile anew for.
+not compile anew for, or comes as `rates`. Where scale is not finite nothing is read or written.
 """
 
 import torch
@@ -31,14 +31,21 @@ def _update(
 @triton.jit
 def _adamw_kernel(
     p_ptr, m_ptr, v_ptr,                # inout (n,), (n,), (n,)
-    g_ptr, scale_ptr,                   # in    (n,), () or None
-    keep, rate, root, one_minus_beta1, beta2, one_minus_beta2, epsilon,
+    g_ptr, scale_ptr, rates_ptr,        # in    (n,), () or None, (3,) or None
+    keep, rate, root, one_minus_beta1, beta2, one_minus_beta2, epsilon, weight_decay,
     n,
     BLOCK: tl.constexpr,
 ):
     start = tl.program_id(0).to(tl.int64) * BLOCK
     p_ptr, g_ptr, m_ptr, v_ptr = p_ptr + start, g_ptr + start, m_ptr + start, v_ptr + start
     scale = 1.0 if scale_ptr is None else tl.load(scale_ptr)
+    if scale_ptr is not None:
+        if not (tl.abs(scale) < float("inf")):
+            return
+    if rates_ptr is not None:
+        learning_rate = tl.load(rates_ptr)
+        keep, rate = 1.0 - learning_rate * weight_decay, learning_rate / tl.load(rates_ptr + 1)
+        root = tl.rsqrt(tl.load(rates_ptr + 2))
     i = tl.arange(0, BLOCK)                                                                    # (BLOCK,)
     if start + BLOCK <= n:  # a block without a mask is loaded 16 bytes at a time
         _update(p_ptr, g_ptr, m_ptr, v_ptr, i, None, scale,
@@ -59,15 +66,17 @@ def _capability(x):
     return torch.cuda.get_device_capability(x.device) if x.is_cuda else None
 
 
-def adamw_(p, g, exp_avg, exp_avg_sq, scale, step, learning_rate, beta1, beta2, epsilon, weight_decay):
+def adamw_(p, g, exp_avg, exp_avg_sq, scale, rates, step, learning_rate, beta1, beta2, epsilon, weight_decay):
     n = p.numel()
     if not n:
         return
     block, warps = _config(n, _capability(p))
-    keep, rate = 1.0 - learning_rate * weight_decay, learning_rate / (1.0 - beta1**step)
-    root = (1.0 - beta2**step) ** -0.5
+    keep = rate = root = 1.0
+    if rates is None:
+        keep, rate = 1.0 - learning_rate * weight_decay, learning_rate / (1.0 - beta1**step)
+        root = (1.0 - beta2**step) ** -0.5
     with torch.cuda.device_of(p):
         _adamw_kernel[(triton.cdiv(n, block),)](
-            p, exp_avg, exp_avg_sq, g, scale, float(keep), float(rate), float(root), 1.0 - beta1, float(beta2),
-            1.0 - beta2, float(epsilon), n, BLOCK=block, num_warps=warps,
+            p, exp_avg, exp_avg_sq, g, scale, rates, float(keep), float(rate), float(root), 1.0 - beta1, float(beta2),
+            1.0 - beta2, float(epsilon), float(weight_decay), n, BLOCK=block, num_warps=warps,
         )

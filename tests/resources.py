@@ -143,8 +143,10 @@ def adamw(capability):
     from fastlm.kernels import adamw as module
 
     block, warps = module._config(124439808, capability)
-    floats = ("keep", "rate", "root", "one_minus_beta1", "beta2", "one_minus_beta2", "epsilon")
-    for label, without in (("scaled", {}), ("unscaled", {"scale_ptr": None})):
+    floats = ("keep", "rate", "root", "one_minus_beta1", "beta2", "one_minus_beta2", "epsilon",
+              "weight_decay")
+    for label, without in (("rates", {}), ("scaled", {"rates_ptr": None}),
+                           ("unscaled", {"scale_ptr": None, "rates_ptr": None})):
         types = dict.fromkeys(floats, "fp32")
         yield label, "fp32", module._adamw_kernel, types, {"BLOCK": block, **without}, {"num_warps": warps}
 

@@ -19,9 +19,9 @@ def state(n, dtype=torch.float32):
     return [p, g, 0.1 * m, (0.1 * numerics.inputs("normal", (n,), dtype, 3)).square()]
 
 
-def after(tensors, step, scale, backend=None):
+def after(tensors, step, scale, backend=None, rates=None):
     tensors = [tensor.clone() for tensor in tensors]
-    given = *tensors, scale, step, *OPTIONS.values()
+    given = *tensors, scale, rates, step, *OPTIONS.values()
     reference.adamw_(*given) if backend is None else torch.ops.fastlm.adamw_(*given)
     return {"p": tensors[0], "exp_avg": tensors[2], "exp_avg_sq": tensors[3]}
 
@@ -35,6 +35,29 @@ def test_sizes_and_steps(backend, n, step):
     got = after([t.to(DEVICE) for t in tensors], step, scale.to(DEVICE), backend)
     for what, value in got.items():
         numerics.close(f"adamw {what}", backend, value.cpu(), composed[what], truth[what])
+
+
+@pytest.mark.parametrize("step", [1, 7, 10000])
+def test_rates_say_on_the_device_what_numbers_say(backend, step):
+    if backend == "torch":
+        pytest.skip("it takes the step's number")
+    tensors, scale = state(1000), torch.tensor(0.37)
+    rates = torch.tensor([1e-2, 1 - 0.9**step, 1 - 0.95**step], dtype=torch.float64)
+    truth = after([t.double() for t in tensors], step, scale.double())
+    composed = after(tensors, step, scale)
+    got = after([t.to(DEVICE) for t in tensors], 0, scale.to(DEVICE), backend, rates.float().to(DEVICE))
+    for what, value in got.items():
+        numerics.close(f"adamw {what}", backend, value.cpu(), composed[what], truth[what])
+
+
+@pytest.mark.parametrize("scale", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("n", [1, 37, 20000])
+def test_a_scale_that_is_not_finite_changes_nothing(backend, n, scale):
+    tensors = [t.to(DEVICE) for t in state(n)]
+    tensors[1][0] = float("nan")
+    found = after(tensors, 3, torch.tensor(scale, device=DEVICE), backend)
+    for name, was in (("p", 0), ("exp_avg", 2), ("exp_avg_sq", 3)):
+        assert torch.equal(found[name], tensors[was]), name
 
 
 def test_ten_steps_as_torchs(backend):
@@ -88,6 +111,10 @@ def test_guard_pages(backend, n, front):
         ({"step": 0}, ValueError, "step is 0, wanted 1 or more"),
         ({"beta2": 1.0}, ValueError, "beta2 is 1.0, wanted 0 ≤ beta2 < 1"),
         ({"scale": torch.ones(1)}, ValueError, r"scale has shape \(1,\)"),
+        ({"rates": torch.ones(2)}, ValueError, r"rates has shape \(2,\)"),
+        ({"rates": torch.ones(3)}, ValueError, "step is 1, learning_rate 1.0 and rates .*, wanted the first two, or"),
+        ({"step": None}, ValueError, "step is None, learning_rate 1.0 and rates None"),
+        ({"step": None, "learning_rate": None}, ValueError, "step is None, learning_rate None and rates None"),
     ],
 )
 def test_bad_input_changes_nothing(change, error, told):

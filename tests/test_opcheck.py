@@ -63,8 +63,8 @@ def samples():
         yield "gpt2_blocks_fwd", (x, weights, 2, 1e-5)
         yield "gpt2_blocks_bwd", (y_, x, saved, weights, 2)
     flat = [torch.rand(9, device=DEVICE) for _ in range(4)]
-    for scale in (None, torch.tensor(0.5, device=DEVICE)):
-        yield "adamw_", (*flat, scale, 2, 1e-3, 0.9, 0.95, 1e-8, 0.1)
+    for scale, rates in ((None, None), (torch.tensor(0.5, device=DEVICE), torch.ones(3, device=DEVICE))):
+        yield "adamw_", (*flat, scale, rates, 2, 1e-3, 0.9, 0.95, 1e-8, 0.1)
     yield "grad_norm", (flat[0],)
     options = [(1, 0.3, 0.0, None), (0, 0.3, 0.0, None), (2, 0.3, 0.25, torch.tensor([1, 2, 3, 4], device=DEVICE))]
     shapes = [{"layout": layout} for layout in ("cut", "permuted", "offset")] + [{"B": 0}, {"T": 3, "S": 6}, {"T": 0}]

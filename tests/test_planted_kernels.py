@@ -95,6 +95,8 @@ TRITON = {
     "dbias of the last rows alone": ("bias_gelu", "dbias += tl.sum", "dbias = tl.sum"),
     "partial sum lost": ("column_sums", "(p[:, None] < P)", "(p[:, None] < tl.maximum(P - 1, 1))"),
     "moments' bias not corrected": ("adamw", "learning_rate / (1.0 - beta1**step)", "learning_rate"),
+    "a step that is not finite": ("adamw", 'if not (tl.abs(scale) < float("inf")):', "if scale_ptr is None:"),
+    "rates of another moment": ("adamw", "tl.load(rates_ptr + 2)", "tl.load(rates_ptr + 1)"),
     "gradients not scaled": ("adamw", "mask=inside) * scale", "mask=inside)"),
     "tail of the buffer lost": ("grad_norm", "if program == programs - 1:", "if program == programs:"),
     "every program's first block": ("grad_norm", "g_ptr + block * BLOCK", "g_ptr + program * BLOCK"),
@@ -166,6 +168,7 @@ SHARED = {"dropout": "attention", "column_sums": "layer_norm"}  # a file of seve
 # The tests that are run for a bug, by words of its name; a bug of none of them must be caught by the tests of shapes.
 CATCHERS = {
     "dropout": "dropout", "32-bit": "2_to_the_31", "beyond": "guard_pages", "negative": "scale",
+    "finite": "finite", "rates": "rates",
     "": "shapes or sizes or long or unequal or append or over or below",
 }
 

@@ -42,6 +42,7 @@ def test_the_optimizer_steps_as_torchs(large, clip, monkeypatch):
         wanted = torch.nn.utils.clip_grad_norm_(twin.parameters(), clip)
         torch.testing.assert_close(norm, wanted)
         ours.step(flat, norm, learning_rate=1e-2)
+        ours.count()
         theirs.step()
         ours.zero_grad()
         theirs.zero_grad()
@@ -50,3 +51,16 @@ def test_the_optimizer_steps_as_torchs(large, clip, monkeypatch):
     again = AdamW(model, given)
     again.load({key: value.clone() for key, value in ours.state().items()})
     assert again.steps == 5 and all(torch.equal(value, again.state()[key]) for key, value in ours.state().items())
+
+
+@pytest.mark.parametrize("norm, loss", [("nan", "1"), ("inf", "1"), ("1", "nan"), ("1", "-inf")])
+def test_a_step_that_is_not_finite_changes_nothing(norm, loss):
+    model = fastlm.GPT2(fastlm.GPT2Config(vocab_size=17, n_positions=8, n_embd=16, n_layer=1, n_head=2))
+    ours, tokens = AdamW(model, TrainConfig(data="x", out="y")), torch.randint(17, (2, 8))
+    model.loss(tokens, tokens).backward()
+    flat, _ = ours.gradients()
+    before = {name: value.clone() for name, value in (model.state_dict() | ours.state()).items()}
+    ours.step(flat, torch.tensor(float(norm)), 1e-2, torch.tensor(float(loss)))
+    assert all(torch.equal(value, before[name]) for name, value in (model.state_dict() | ours.state()).items())
+    ours.step(flat, torch.tensor(1.0), 1e-2, torch.tensor(1.0))
+    assert not torch.equal(model.lm_head.weight, before["lm_head.weight"])

@@ -3,6 +3,7 @@
 //   g = scale g;  m += (1 - beta1) (g - m);  v = beta2 v + (1 - beta2) g²
 //   p -= lr weight_decay p + (lr / (1 - beta1^t)) m / (sqrt(v) / sqrt(1 - beta2^t) + epsilon)
 #include <algorithm>
+#include <cmath>
 
 #include "isa.h"
 #include "parallel.h"
@@ -16,6 +17,7 @@ constexpr int64_t kPiece = 65536;  // elements a thread takes at a time
 }  // namespace
 
 void adamw_(const Adamw& op, int threads) {
+  if (op.scale && !std::isfinite(*op.scale)) return;
   const float scale = op.scale ? *op.scale : 1.0f, rate = op.learning_rate / op.bias_correction1;
   const float keep = 1.0f - op.learning_rate * op.weight_decay, root = 1.0f / std::sqrt(op.bias_correction2);
   for_each((op.n + kPiece - 1) / kPiece, 12 * kPiece, threads, [&](int64_t piece) {

@@ -121,11 +121,11 @@ class Launchers:
         return (torch.empty(width, dtype=torch.float32, device=device),
                 torch.empty(blocks, width, dtype=torch.float32, device=device))
 
-    def adamw_(self, p, g, exp_avg, exp_avg_sq, scale, step, learning_rate, beta1, beta2, epsilon, weight_decay):
+    def adamw_(self, p, g, exp_avg, exp_avg_sq, scale, rates, step, learning_rate, beta1, beta2, epsilon, weight_decay):
+        rates = (learning_rate, 1 - beta1**step, 1 - beta2**step) if rates is None else rates.tolist()
         self._run("adamw_", p.device, p=p, g=g, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq, scale=scale, n=p.numel(),
-                  learning_rate=learning_rate, one_minus_beta1=1 - beta1, beta2=beta2, one_minus_beta2=1 - beta2,
-                  epsilon=epsilon, weight_decay=weight_decay, bias_correction1=1 - beta1**step,
-                  bias_correction2=1 - beta2**step)
+                  learning_rate=rates[0], one_minus_beta1=1 - beta1, beta2=beta2, one_minus_beta2=1 - beta2,
+                  epsilon=epsilon, weight_decay=weight_decay, bias_correction1=rates[1], bias_correction2=rates[2])
 
     def grad_norm(self, g):
         norm = torch.empty((), dtype=torch.float32, device=g.device)

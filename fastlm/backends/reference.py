@@ -91,12 +91,15 @@ def layer_norm_bwd(dy, ds, s, weight, mean, rstd, dtype, x_bias):
     return dx.to(dtype), dresidual, (dy * h).sum(0).to(weight.dtype), dy.sum(0).to(weight.dtype), dx_bias
 
 
-def adamw_(p, g, exp_avg, exp_avg_sq, scale, step, learning_rate, beta1, beta2, epsilon, weight_decay):
+def adamw_(p, g, exp_avg, exp_avg_sq, scale, rates, step, learning_rate, beta1, beta2, epsilon, weight_decay):
+    taken = torch.tensor(True, device=p.device) if scale is None else scale.isfinite()
     g = g if scale is None else g * scale
-    exp_avg.add_((1 - beta1) * (g - exp_avg))
-    exp_avg_sq.copy_(beta2 * exp_avg_sq + (1 - beta2) * g * g)
-    root = (exp_avg_sq / (1 - beta2**step)).sqrt()
-    p.copy_(p * (1 - learning_rate * weight_decay) - learning_rate * (exp_avg / (1 - beta1**step)) / (root + epsilon))
+    rates = (learning_rate, 1 - beta1**step, 1 - beta2**step) if rates is None else rates
+    m = exp_avg + (1 - beta1) * (g - exp_avg)
+    v = beta2 * exp_avg_sq + (1 - beta2) * g * g
+    new = p * (1 - rates[0] * weight_decay) - rates[0] * (m / rates[1]) / ((v / rates[2]).sqrt() + epsilon)
+    for old, value in ((exp_avg, m), (exp_avg_sq, v), (p, new)):
+        old.copy_(torch.where(taken, value, old))
 
 
 def grad_norm(g):

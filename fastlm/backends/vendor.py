@@ -70,11 +70,13 @@ def layer_norm_bwd(dy, ds, s, weight, mean, rstd, dtype, x_bias):
     return dx.to(dtype), dresidual, dweight.to(weight.dtype), dbias.to(weight.dtype), dx_bias
 
 
-def adamw_(p, g, exp_avg, exp_avg_sq, scale, step, learning_rate, beta1, beta2, epsilon, weight_decay):
+def adamw_(p, g, exp_avg, exp_avg_sq, scale, rates, step, learning_rate, beta1, beta2, epsilon, weight_decay):
     g = g if scale is None else g * scale
+    skipped = None if scale is None else (~scale.isfinite()).to(torch.float32)
     torch._fused_adamw_(
         [p], [g], [exp_avg], [exp_avg_sq], [], [torch.tensor(float(step), device=p.device)], lr=learning_rate,
         beta1=beta1, beta2=beta2, weight_decay=weight_decay, eps=epsilon, amsgrad=False, maximize=False,
+        found_inf=skipped,
     )
 
 

@@ -43,13 +43,22 @@ class AdamW:
         norms = [grad_norm(g) for g in flat]
         return flat, norms[0] if len(norms) == 1 else grad_norm(torch.stack(norms))
 
-    def step(self, flat, norm, learning_rate):
-        """A step with what `gradients` returned, clipped to the norm grad_clip."""
-        config, self.steps = self.config, self.steps + 1
-        scale = torch.clamp(config.grad_clip / (norm + 1e-6), max=1.0)
+    def step(self, flat, norm, learning_rate, loss=None):
+        """A step with what `gradients` returned, clipped to the norm grad_clip.
+
+        Where the norm or the loss, tensors (), are not finite it changes nothing: the device sees to that, and the host
+        need not wait for it. Who knows that the step was taken says so with `count`.
+        """
+        config = self.config
+        finite = norm.isfinite() if loss is None else norm.isfinite() & loss.isfinite()
+        scale = torch.where(finite, torch.clamp(config.grad_clip / (norm + 1e-6), max=1.0), math.nan)
         for part, g in zip(self.parts, flat):
-            adamw_(part.p, g, part.exp_avg, part.exp_avg_sq, step=self.steps, learning_rate=learning_rate,
+            adamw_(part.p, g, part.exp_avg, part.exp_avg_sq, step=self.steps + 1, learning_rate=learning_rate,
                    beta1=config.beta1, beta2=config.beta2, epsilon=config.epsilon, weight_decay=part.decay, scale=scale)
+
+    def count(self):
+        """The last step was taken."""
+        self.steps += 1
 
     def zero_grad(self):
         for parameter in self.names:

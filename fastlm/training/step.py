@@ -18,8 +18,8 @@ class Step:
 
     It keeps nothing from one step to the next and knows no files, reports or evaluation, so that another with the same
     call, such as a captured one, can stand in its place: that one must keep on the device what are numbers of the host
-    here, the norm that decides whether the step is taken, the learning rate and AdamW's step, and copy batch and seed
-    in. loader: data.loader's, for the sequences of each step.
+    here, the learning rate and AdamW's step (adamw_ takes both as rates), and copy batch and seed in. loader:
+    data.loader's, for the sequences of each step.
     """
 
     def __init__(self, model, optimizer, loader, config):
@@ -33,12 +33,12 @@ class Step:
         """
         self.model.train()
         loss = self._backward(number)
-        gradients = self.optimizer.gradients()
-        norm, loss = float(gradients[1]), float(loss)
-        finite = math.isfinite(norm) and math.isfinite(loss)
-        if finite:
-            self.optimizer.step(*gradients, learning_rate(number, self.config))
+        flat, norm = self.optimizer.gradients()
+        self.optimizer.step(flat, norm, learning_rate(number, self.config), loss)
         self.optimizer.zero_grad()
+        norm, loss = float(norm), float(loss)  # a GPU has all of the step to do by now
+        if finite := math.isfinite(norm) and math.isfinite(loss):
+            self.optimizer.count()
         return loss, norm, finite
 
     def _backward(self, number):
