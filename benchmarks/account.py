@@ -45,10 +45,11 @@ WAITS = {"_local_scalar_dense", "nonzero", "masked_select", "_unique2"}  # the h
 GATHERS = {"embedding", "gather", "index", "index_select"}  # read as much of their first operand as they write
 SCATTERS = {"scatter_", "scatter_add_", "index_put_"}  # change as much of theirs as they are given
 SETS = {"copy_", "fill_", "zero_"}  # do not read what they change
+LIKE = {"zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full"}  # read nothing
 NOTHING = {"empty", "empty_like", "empty_strided", "new_empty", "resize_", "detach_", "lift_fresh"}
 COLUMNS = "launches", "read", "written", "asked", "minimum"
 BLOCK = 512  # bytes, of which torch's allocator gives multiples
-PACKAGE = Path(fastlm.__file__).parent
+PACKAGE, HERE = Path(fastlm.__file__).parent, Path(__file__).parent
 
 
 @dataclass
@@ -138,12 +139,10 @@ class Counting(TorchDispatchMode):
         if fake_gpu.in_backward() or self.phase == "backward":
             self.phase = "backward" if fake_gpu.in_backward() else "update"
         given = _tensors(args, kwargs)
+        held = {tensor.untyped_storage()._cdata for tensor in given}
         if name in WAITS:
             self._wait(name)
-            if name == "_local_scalar_dense":  # a fake tensor has no number
-                return 1.0
-        held = {tensor.untyped_storage()._cdata for tensor in given}
-        result = self._ours(function, args) if function.namespace == "fastlm" else function(*args, **kwargs)
+        result = self._run(function, name, args, kwargs)
         made = [tensor for tensor in _tensors(result) if tensor.untyped_storage()._cdata not in held]
         for tensor in made:
             self._keep(tensor)
@@ -157,9 +156,15 @@ class Counting(TorchDispatchMode):
             self._count(name, _tensors(args, _without_out(function, kwargs)), made, changed)
         return result
 
-    def _ours(self, function, args):
-        """The result of a torch op of fastlm, run by the backend that a GPU is given."""
-        row = TABLE[function._opname]
+    def _run(self, function, name, args, kwargs):
+        """The result; an op of fastlm is run by the backend that a GPU is given."""
+        if name == "_local_scalar_dense":
+            return 1.0  # a fake tensor has no number
+        if name in PRODUCTS and "out" in kwargs:  # torch 2.10 knows no fake addmm with an out and a dtype
+            return kwargs["out"]
+        if function.namespace != "fastlm":
+            return function(*args, **kwargs)
+        row = TABLE[name]
         self.account.backends[row.name] = backend = dispatch.choice(row, *args)
         self._ops.append(row.name)
         try:
@@ -169,7 +174,9 @@ class Counting(TorchDispatchMode):
             self._ops.pop()
 
     def _count(self, name, given, made, changed):
-        operands = [tensor for tensor in _distinct(given) if name not in SETS or tensor is not changed[0]]
+        operands = [] if name in LIKE else _distinct(given)
+        if name in SETS:
+            operands = [tensor for tensor in operands if tensor is not changed[0]]
         read, written = sum(map(extent, operands)), sum(map(extent, (*made, *changed)))
         if name in GATHERS:
             read += written - extent(given[0])
@@ -216,7 +223,8 @@ class Counting(TorchDispatchMode):
         self.account.memory -= size
 
     def _wait(self, what):
-        frames = [frame for frame in traceback.extract_stack() if Path(frame.filename).is_relative_to(PACKAGE)]
+        frames = [frame for frame in traceback.extract_stack() if Path(frame.filename).is_relative_to(PACKAGE)
+                  and not Path(frame.filename).is_relative_to(HERE)]
         where = f" at {Path(frames[-1].filename).relative_to(PACKAGE)}:{frames[-1].lineno}" if frames else ""
         self.account.waits.append(f"{what}{where}, {self.phase}")
 
@@ -287,7 +295,7 @@ def step(sizes=SHAPE, dtype="bf16"):
             model = GPT2(model)
         optimizer, account = AdamW(model, config), counts.account
         with fake_gpu.autograd_of(model.parameters()):
-            account.rows, account.peak, counts.phase = {}, account.memory, "forward"
+            account.rows, account.peak = {}, account.memory
             Step(model, optimizer, _Loader(T), config)(1)
         del model, optimizer
     return account

@@ -20,19 +20,21 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fastlm import dispatch
 from fastlm.backends import machine
 from fastlm.dispatch.table import forget
+from fastlm.measure import tuned
 
 CAPABILITY, MULTIPROCESSORS, NAME = (9, 0), 132, "fake GPU"
-_engine = SimpleNamespace(asks=False)  # whether it is certain that the autograd engine asks for devices
+_engine = SimpleNamespace(asks=False, runs=False)  # whether none but the autograd engine asks for devices
 
 
 def in_backward():
     """Whether a backward runs."""
-    return _engine.asks
+    return _engine.runs
 
 
 def _device_of(args):
     tensor, = args
-    return tensor.device if not _engine.asks and _in_autocast() and _is_operand(tensor) else torch.device("meta")
+    own = tensor.device.type != "cuda" or not _engine.asks and _in_autocast() and _is_operand(tensor)
+    return tensor.device if own else torch.device("meta")
 
 
 def _in_autocast():
@@ -44,11 +46,13 @@ def _in_autocast():
 
 
 def _is_operand(tensor):
-    return tensor.requires_grad or not torch.is_grad_enabled()
+    """Whether it has what the autograd engine would only now give it, where it records a result."""
+    recorded = tensor.requires_grad and (tensor.grad_fn is not None or not tensor._is_view())
+    return recorded or not torch.is_grad_enabled()
 
 
 def _backward(*args, run=torch.autograd.graph._engine_run_backward, **options):
-    with mock.patch.object(_engine, "asks", True):
+    with mock.patch.multiple(_engine, asks=True, runs=True):
         return run(*args, **options)
 
 
@@ -82,9 +86,11 @@ def fake_gpu(capability=CAPABILITY):
             fake_tensor.FakeTensor, create=True, data_ptr=lambda _: 0,
             is_cuda=property(lambda tensor: tensor.device.type == "cuda")))
         stack.enter_context(mock.patch.object(fake_tensor.FakeTensorMode, "avoid_device_init", True))
+        stack.enter_context(mock.patch.object(fake_tensor, "init_gpu_context", lambda *_: None))
         stack.enter_context(mock.patch("torch.autograd._engine_run_backward", _backward))
-        stack.callback(forget)
-        forget()
+        for clear in forget, tuned._name.cache_clear:
+            stack.callback(clear)
+            clear()
         stack.enter_context(fake_tensor.FakeTensorMode())
         stack.enter_context(_FromMeta())
         yield
@@ -92,7 +98,7 @@ def fake_gpu(capability=CAPABILITY):
 
 @contextlib.contextmanager
 def autograd_of(parameters):
-    """While it is open, a backward reaches these leaves."""
+    """While it is open, autocast takes these leaves and a backward reaches them."""
     with mock.patch.object(_engine, "asks", True):
         kept = [parameter.view_as(parameter).grad_fn.next_functions for parameter in parameters]
     yield

@@ -11,6 +11,10 @@ from typing import Annotated
 
 import typer
 
+LEGEND = """
+read, written: at least, as each launch sees every byte once.  asked: with what it asks for again, mostly of a cache.
+minimum: of an op its operands and results once, of a product its own, of what else stands between ops nothing."""
+
 
 def explain(
     op: Annotated[str, typer.Argument(help="One of fastlm's ops, e.g. attention, or: model DIR, or: step.")],
@@ -113,9 +117,10 @@ def _step(shape, dtype, json):
                               *(f"{size / 1e9:,.2f}" for size in sums), f"{row.bytes / whole.bytes:.1%}",
                               style="bold" if row is whole else None, end_section=row is whole)
     console.print(table)
+    console.print(LEGEND, highlight=False, soft_wrap=True)
     rest, waits = found.whole(False), "; ".join(f"{count} × {what}" for what, count in Counter(found.waits).items())
     console.print(
-        f"\n{rest.bytes / 1e9:,.1f} GB beside the products: {rest.bytes / account.RATE * 1e3:,.1f} ms at "
+        f"{rest.bytes / 1e9:,.1f} GB beside the products: {rest.bytes / account.RATE * 1e3:,.1f} ms at "
         f"{account.RATE / 1e12:.1f} TB/s; {rest.launches + found.whole(True).launches:,} launches; at most "
         f"{found.peak / 2**30:,.2f} GiB of memory\nthe host waits {len(found.waits)} times: {waits or 'never'}",
         highlight=False, soft_wrap=True)
