@@ -107,7 +107,6 @@ class Account:
             total.add(row)
         return total
 
-
     def record(self, sizes, dtype):
         """All of it as JSON has it."""
         whole = [self.whole(products) for products in (False, True)]

@@ -28,6 +28,7 @@ def extent(tensor):
 def intercepted(tell):
     """While it is open, tell(kernel's name, {argument: (tensor, bytes loaded, bytes stored)}) stands for a launch."""
     from triton.runtime.interpreter import InterpretedFunction
+    from triton.runtime.jit import JITFunction
 
     known = {}
 
@@ -39,7 +40,10 @@ def intercepted(tell):
             known[key] = _counted(kernel, given, grid)
         tell(kernel.fn.__name__, {name: (given[name], *found) for name, found in known[key].items()})
 
-    with mock.patch.object(InterpretedFunction, "run", run):
+    def refuse(kernel, *args, **options):
+        raise RuntimeError(f"{kernel.fn.__name__} is not interpreted: set TRITON_INTERPRET=1 before it is imported")
+
+    with mock.patch.object(InterpretedFunction, "run", run), mock.patch.object(JITFunction, "run", refuse):
         yield
 
 

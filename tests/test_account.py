@@ -15,7 +15,7 @@ if GPU:
 
 import fastlm
 from fastlm import ops
-from fastlm.benchmarks import account, fake_gpu
+from fastlm.benchmarks import account, fake_gpu, harness
 from fastlm.cli import app
 from fastlm.dispatch.table import TABLE
 
@@ -109,6 +109,18 @@ def test_operations_between_ops():
         assert bytes_of(counts, "embedding, forward", "embedding") == (3 * 16 + 24, 3 * 16, 2 * 48 + 24)
         x.scatter_add_(0, made(1, 4, dtype=torch.int64), made(1, 4, dtype=torch.float32))
         assert bytes_of(counts, "scatter_add_, forward", "scatter_add_") == (32 + 16 + 16, 16, 80)
+
+
+@pytest.mark.parametrize("op", ["adamw", "attention", "bias_gelu", "grad_norm", "layer_norm", "linear_xent"])
+def test_the_minimum_is_the_benchmarks_least_traffic(op):
+    """But for what has one dimension less."""
+    dtype = "fp32" if op in ("adamw", "grad_norm") else "bf16"
+    with account.counting() as counts:
+        case = harness.suite([op], device="cuda", shape=None, dtypes=[dtype])[-1]
+        case.ours(*case.operands())
+    found = sum(bytes for (name, product), bytes in counts.account.minima.items()
+                if name.startswith(op) and not product)
+    assert case.bytes <= found <= 1.03 * case.bytes
 
 
 def test_memory_is_counted_while_it_is_there():
@@ -216,6 +228,14 @@ def test_124m_kernels_read_and_write_once(whole):
     again = {key: value for key, value in whole.passes.items() if value[0] >= LARGE and max(value[1:]) > 1.02}
     assert {kernel for kernel, _ in again} <= {"_attention_bwd_keys_kernel", "_attention_bwd_queries_kernel"}
     assert len([value for value in whole.passes.values() if value[0] >= LARGE]) > 30
+
+
+def test_a_kernel_that_is_not_interpreted_is_told():
+    from triton.runtime.jit import JITFunction
+
+    kernel = importlib.import_module("fastlm.kernels.adamw")._adamw_kernel.fn
+    with account.counting(), pytest.raises(RuntimeError, match="_adamw_kernel is not interpreted"):
+        JITFunction(kernel)[(1,)]()
 
 
 def test_the_command(tmp_path):
