@@ -175,9 +175,9 @@ READS = {
 @pytest.mark.parametrize("name", READS)
 def test_a_kernel_that_reads_once_more_shows(name, monkeypatch, tmp_path):
     file, op, text, more, size = READS[name]
-    before = _called(op)
+    before = _called(file)
     plant(monkeypatch, tmp_path, file, op, text, more)
-    after = _called(op)
+    after = _called(file)
     assert after.asked - before.asked == size
     assert after.launches == before.launches
 
@@ -195,13 +195,15 @@ def plant(monkeypatch, tmp_path, file, op, text, more):
     monkeypatch.setitem(TABLE[op].kernels, "triton", spec.name)
 
 
-def _called(op):
+def _called(file):
+    """What a call of an op comes to; of bias_gelu with its gradient."""
+    wide = {"dtype": torch.float32}
     with account.counting() as counts:
-        if op == "layer_norm_fwd":
-            wide = {"dtype": torch.float32}
+        if file == "layer_norm":
             fastlm.layer_norm(made(N, C), made(C, **wide), made(C, **wide), residual=made(N, C, **wide))
         else:
-            torch.ops.fastlm.bias_gelu_bwd(made(N, 4 * C), made(N, 4 * C), made(4 * C, dtype=torch.float32))
+            x = made(N, 4 * C, requires_grad=True)
+            torch.autograd.grad(fastlm.bias_gelu(x, made(4 * C, **wide)), x, made(N, 4 * C))
     return counts.account.whole(False)
 
 
@@ -227,7 +229,7 @@ def test_124m_kernels_read_and_write_once(whole):
     """All that is large, but what attention's tiles share."""
     again = {key: value for key, value in whole.passes.items() if value[0] >= LARGE and max(value[1:]) > 1.02}
     assert {kernel for kernel, _ in again} <= {"_attention_bwd_keys_kernel", "_attention_bwd_queries_kernel"}
-    assert len([value for value in whole.passes.values() if value[0] >= LARGE]) > 30
+    assert len([value for value in whole.passes.values() if value[0] >= LARGE]) > 20
 
 
 def test_a_kernel_that_is_not_interpreted_is_told():
