@@ -1,31 +1,45 @@
 """`fastlm explain`: which backend runs an op here and why, how it is launched, and the floor that its work sets.
 
-`fastlm explain model DIR` tells which fast paths serve a model.
+`fastlm explain model DIR` tells which fast paths serve a model; `fastlm explain step` what a training step on a GPU
+asks of its memory, for which it needs none.
 """
 
+import os
+from collections import Counter
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+LEGEND = """
+read, written: at least, as each launch sees every byte once.  asked: with what it asks for again, mostly of a cache.
+minimum: of an op its operands and results once, of a product its own, of what else stands between ops nothing."""
+
 
 def explain(
-    op: Annotated[str, typer.Argument(help="One of fastlm's ops, e.g. attention, or: model DIR.")],
+    op: Annotated[str, typer.Argument(help="One of fastlm's ops, e.g. attention, or: model DIR, or: step.")],
     directory: Annotated[Path | None, typer.Argument(help="Of the model.", metavar="[DIR]")] = None,
     shape: Annotated[str | None, typer.Option(help="Sizes in place of the usual, e.g. B=8,T=1024.")] = None,
     dtype: Annotated[str, typer.Option(help="fp32, bf16 or fp16.")] = "bf16",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    json: Annotated[Path | None, typer.Option(help="Of a step: a file for all that was counted.")] = None,
 ):
     """Tell of every kernel of an op: the backend chosen, why no other, the launch, bytes and FLOPs and their floor.
 
-    Exit code 1 where the one chosen raises. Of a model in DIR: whether its modules are stepped over, and why not.
+    Exit code 1 where the one chosen raises. Of a model in DIR: whether its modules are stepped over, and why not. Of a
+    step: the bytes, launches, memory and waits of training GPT-2 on a GPU, which need not be there; of PyTorch's own
+    with FASTLM_BACKEND=torch.
     """
+    if json is not None and op != "step":
+        raise ValueError(f"--json {json} goes with `fastlm explain step`")
     if (op == "model") != (directory is not None):
         raise ValueError("a directory goes with `fastlm explain model DIR`, and with no op")
     if directory is not None:
         if shape is not None:
             raise ValueError(f"--shape {shape} goes with an op: a model has its own")
         return _model(directory, device, dtype)
+    if op == "step":
+        return _step(shape, dtype, json)
     from rich.console import Console
 
     from fastlm.benchmarks import harness
@@ -73,3 +87,43 @@ def _model(directory, device, dtype):
         typer.echo(f"{what}: {'serves' if reason is None else f'does not: {reason}'}")
     kept = cache_dtype(model) if why_not(model) is None else model.dtype
     typer.echo(f"keys and values are kept in {str(kept).removeprefix('torch.')}")
+
+
+def _step(shape, dtype, json):
+    os.environ["TRITON_INTERPRET"] = "1"  # before the first kernel is decorated
+    from rich.console import Console
+    from rich.table import Table
+
+    from fastlm.benchmarks import account
+    from fastlm.cli.bench import sizes_of
+    from fastlm.measure.files import write_json
+
+    if dtype not in ("fp32", "bf16"):
+        raise ValueError(f"--dtype is {dtype!r}, wanted fp32 or bf16")
+    sizes = account.sizes_of(sizes_of(shape))
+    found, console = account.step(sizes, dtype), Console()
+    told = " ".join(f"{letter}={size}" for letter, size in sizes.items())
+    console.print(f"[bold cyan]a training step in {dtype} {told}[/], on a GPU of compute capability 9.0 that need not "
+                  "be there\n", highlight=False, soft_wrap=True)
+    table = Table(show_edge=False, box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="dim")
+    for title in ("GB", "backend", "launches", "read", "written", "asked", "minimum", "above it", "share"):
+        table.add_column(title, justify="left" if title in ("GB", "backend") else "right", no_wrap=title != "GB")
+    for products in False, True:
+        whole = found.whole(products)
+        for row in (*found.ops(products), whole):
+            if row.bytes >= 5e-4 * whole.bytes:
+                sums = (row.read, row.written, row.asked, row.minimum, row.above)
+                table.add_row(row.op, found.backends.get(row.op, ""), f"{row.launches:,}",
+                              *(f"{size / 1e9:,.2f}" for size in sums), f"{row.bytes / whole.bytes:.1%}",
+                              style="bold" if row is whole else None, end_section=row is whole)
+    console.print(table)
+    console.print(LEGEND, highlight=False, soft_wrap=True)
+    rest, waits = found.whole(False), "; ".join(f"{count} × {what}" for what, count in Counter(found.waits).items())
+    console.print(
+        f"{rest.bytes / 1e9:,.1f} GB beside the products: {rest.bytes / account.RATE * 1e3:,.1f} ms at "
+        f"{account.RATE / 1e12:.1f} TB/s; {rest.launches + found.whole(True).launches:,} launches; at most "
+        f"{found.peak / 2**30:,.2f} GiB of memory\nthe host waits {len(found.waits)} times: {waits or 'never'}",
+        highlight=False, soft_wrap=True)
+    if json is not None:
+        write_json(json, found.record(sizes, dtype))
+        console.print(f"wrote {json}", highlight=False, soft_wrap=True)
