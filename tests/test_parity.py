@@ -4,6 +4,8 @@ Allowed is 4 times the difference between transformers' own two attention implem
 of 8 rounding units of fp32: the two may by chance round alike.
 """
 
+import functools
+
 import numerics
 import pytest
 import torch
@@ -145,6 +147,45 @@ def test_fifty_training_steps(backend):
     assert ours == pytest.approx(eager, rel=1e-5) and ours[-1] < ours[0]
     for (name, mine), other in zip(model.named_parameters(), theirs.parameters()):
         assert float(((mine - other).norm() / other.norm()).detach()) < 1e-4, name
+
+
+def losses_of_steps(net, model, steps, shape, dtype):
+    """(steps, B T): before each step, the loss of every one of its tokens (B, T); products are in dtype."""
+    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1)
+    found = []
+    for index in range(steps):
+        tokens, targets = parity.batch(model, *shape, seed=index)
+        net.zero_grad()
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            if net is model:
+                with torch.no_grad():
+                    hidden = net.hidden(tokens).flatten(0, 1)
+                    apart = fastlm.linear_xent(hidden, net.lm_head.weight, targets.flatten(), reduction="none")
+                loss = net.loss(tokens, targets)
+            else:
+                logits = net(tokens).logits.flatten(0, 1).float()
+                apart = F.cross_entropy(logits, targets.flatten(), reduction="none")
+                loss = apart.sum() / (targets != -100).sum()
+        loss.backward()
+        optimizer.step()
+        found.append(apart.detach())
+    return torch.stack(found)
+
+
+@pytest.mark.skipif(GPU, reason="autocast of the CPU")
+@pytest.mark.parametrize("backend, steps, shape",
+                         [("cpu", 50, (8, 64)), ("torch", 50, (8, 64)), ("triton", 2, (4, 32))],
+                         indirect=["backend"])
+def test_training_in_bf16_is_no_further_off_than_theirs(backend, steps, shape, tell):
+    """From transformers' fp32, at every step, over its tokens; theirs is bf16 under autocast, too."""
+    make = functools.partial(parity.make, vocab_size=53, n_positions=64, n_embd=64, n_layer=2, n_head=2)
+    model = make()
+    exact, theirs = (losses_of_steps(parity.twin(make()).train(), model, steps, shape, dtype)
+                     for dtype in (torch.float32, torch.bfloat16))
+    ours = losses_of_steps(model, model, steps, shape, torch.bfloat16)
+    ratio = (ours - exact).norm(dim=1) / (theirs - exact).norm(dim=1)
+    tell(f"bf16, {steps} steps on {backend}: {ratio.median():.2f} of transformers' distance, at most {ratio.max():.2f}")
+    assert ratio.max() < 1.2 and (theirs - exact).norm(dim=1).min() > 0
 
 
 @pytest.mark.parametrize("index", range(4))
