@@ -1,6 +1,12 @@
 """What the Triton kernels use on GPUs that are not here: no spills, shared memory that fits, 64-bit rows, inner loops
-that wait for little.
+that wait for little; and what they are predicted to take.
 """
+
+import json
+import math
+import os
+import subprocess
+import sys
 
 import pytest
 import resources
@@ -169,3 +175,55 @@ def test_what_is_no_loop_and_which_is_the_main_one():
     assert loop_of(".L_0:\n" + nested) == loop_of(FOUR_LOADS)
     around = ".L_0:\n" + nested.replace("@P0 BRA `(.L_0)", "HMMA.16816.F32.BF16 R4, R8, R12, R4\n@P0 BRA `(.L_0)")
     assert loop_of(around)["products"] == 16 * 8 * 16  # the loop that multiplies, with the one that copies
+
+
+MEASURED = {  # µs on an H200, benchmarks/results/gpu-h200-2026-11-27-*.json and kernels/attention.py
+    ("attention", "attention_fwd"): 180, ("attention", "attention_bwd_keys"): 285,
+    ("attention", "attention_bwd_queries"): 193, ("layer_norm", ""): 117, ("bias_gelu", ""): 248, ("adamw", ""): 822,
+}
+PREDICT = """
+import json
+from fastlm.benchmarks import harness, prediction
+found = {op: list(prediction.predictions(op, harness.bench_of(op).DECISIVE[0][0], "fp32" if op == "adamw" else "bf16",
+                                         prediction.Device())) for op in OPS}
+print(json.dumps({"ops": found, "preset": list(prediction.preset("gpt2", prediction.Device()))}))
+"""
+
+
+@pytest.mark.slow
+def test_predictions_beside_what_was_measured(tell):
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    script = f"OPS = {sorted({op for op, _ in MEASURED})}{PREDICT}"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout)
+    for (op, kernel), measured in MEASURED.items():
+        us = sum(row["us"] for row in found["ops"][op] if kernel in row["kernel"])
+        assert 0.75 * measured < us < 1.25 * measured, (op, kernel, us)
+        tell(f"{kernel or op}: predicted {us:.0f} µs, measured {measured}")
+    rows = {row["what"]: row for row in found["preset"]}
+    assert {"attention_bwd_keys", "softmax_xent_both", "adamw"} <= rows.keys()
+    assert rows["adamw"]["tiles"] == math.ceil((12 * 12 * 768**2 + (50257 + 1024) * 768) / 1024)
+
+
+def test_tiles_of_a_causal_square():
+    from fastlm.benchmarks import prediction
+
+    assert prediction._tiles(T=128, S=128, offset=0, CAUSAL=True, BLOCK_T=64, BLOCK_S=64) == (1.5, 1)
+    assert prediction._tiles(T=128, S=128, offset=0, CAUSAL=True, BLOCK_T=64, BLOCK_S=32, EVEN=True) == (6 / 4, 1)
+    assert prediction._tiles(T=64, S=100, offset=36, CAUSAL=False, BLOCK_T=64, BLOCK_S=64) == (2, 100 / 64)
+
+
+def test_how_a_preset_fills_a_gpu():
+    from typer.testing import CliRunner
+
+    from fastlm.cli import app
+
+    done = CliRunner().invoke(app, ["explain", "preset", "gpt2"])
+    told = " ".join(done.output.split())
+    # 12 · 1024 rows and 3 · 768 columns in tiles of 128 × 256; of bf16 12288 · (768 + 2304) + 768 · 2304 numbers
+    assert "product qkv 864 tiles 6.55 waves, 6% idle 79.0 MB 1.58 × 1.32 ×" in told, done.output
+    assert "product head, a chunk, dw 1,179 tiles 8.93 waves" in told
+    assert "kernels are left out: Triton is interpreted here" in told
+    wrong = CliRunner().invoke(app, ["explain", "preset", "gpt9"])
+    assert "wanted shakespeare-char, gpt2, small" in str(wrong.exception)
