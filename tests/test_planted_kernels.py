@@ -118,7 +118,7 @@ CUDA = {
     "merge without rescaling": ("decode_attention", "o = o * OnlineSoftmax::exp(state.m - origin)", "o = o"),
     "newest token unseen": ("decode_attention", "s <= length - op.T", "s < length - op.T"),
     "page of another sequence": ("decode_attention", "op.block_table + b * op.stride_tb", "op.block_table"),
-    "32-bit address of a page": ("decode_attention", "page * op.stride_kp", "int32_t(page * op.stride_kp)"),
+    "32-bit address of a page": ("decode_attention", "page[i] * op.stride_kp", "int32_t(page[i] * op.stride_kp)"),
     "stale cache slot": ("cache_append", "row = position % op.page", "row = max(position - 1, int64_t(0)) % op.page"),
     "values in place of keys": ("cache_append", "to_v[h * op.stride_vph + d] = v[", "to_v[h * op.stride_vph + d] = k["),
     "label read too late": ("softmax_xent", "const float p = OnlineSoftmax::exp(x_label - origin)",

@@ -6,9 +6,9 @@
 //
 // A block owns a row. Forward reads it once, in 16-byte vectors where the row allows (its first elements up to a
 // boundary and its last ones singly); every thread keeps a running maximum and sum, merged over lanes, then over
-// warps, in a fixed order. Backward reads x once and writes dx once. In place both are one kernel, which keeps the row
-// in shared memory (101 KB at V = 50257, bf16: two blocks a multiprocessor, so that one reads while the other writes):
-// one read and one write in all. A row that does not fit is read a second time.
+// warps, in a fixed order. Backward reads x once and writes dx once, but the label's element twice. In place both are
+// one kernel, which keeps the row in shared memory (101 KB at V = 50257, bf16: two blocks a multiprocessor, so that one
+// reads while the other writes): one read and one write in all. A row that does not fit is read a second time.
 // Source of the online softmax: Milakov and Gimelshein, arXiv 1805.02867.
 #include "common.cuh"
 
@@ -115,7 +115,7 @@ __global__ void __launch_bounds__(kThreads) _softmax_xent_bwd_kernel(SoftmaxXent
   const int64_t tail = head + vectors * kSize;
   const Vector<T>* body = reinterpret_cast<const Vector<T>*>(x + head);            // (vectors,)
   Vector<T>* out = reinterpret_cast<Vector<T>*>(dx + head);                        // (vectors,)
-  // The thread that writes dx[y] corrects it at the end. dx may be x: it has read x[y] before, and no other writes there.
+  // The thread that writes dx[y] corrects it at the end. dx may be x: it has read x[y] before, no other writes there.
   const bool mine = (y < head ? y : y < tail ? (y - head) / kSize : y - tail) % kThreads == threadIdx.x;
   const float x_label = mine ? to_float(x[y]) : 0.0f;
 
