@@ -14,11 +14,7 @@ from fastlm.measure.numerics import DTYPES
 
 def explanation(cases):
     """Lines on every torch op that cases call: the backend chosen, its launch, and why each other one is not."""
-    torch.manual_seed(0)
-    with _Calls() as calls:
-        for case in cases:
-            case.ours(*(case.check or case.operands)())
-    for name, args in calls.seen.items():
+    for name, args in calls_of(cases).items():
         row = TABLE[name]
         chosen = dispatch.choice(row, *args)
         configurations = _configurations(row, args) if chosen == "triton" else []
@@ -29,6 +25,15 @@ def explanation(cases):
             if backend != chosen:
                 told = dispatch.why_not(name, backend, *args) or _behind(row, chosen, backend, args)
                 yield f"  not {backend}: " + told.replace("[", "\\[")
+
+
+def calls_of(cases, *, whole=False):
+    """{torch op of ours: the arguments of its first call} that cases make, at their `whole` sizes or a check's."""
+    torch.manual_seed(0)
+    with _Calls() as calls:
+        for case in cases:
+            case.ours(*(case.operands if whole else case.check or case.operands)())
+    return calls.seen
 
 
 class _Calls(TorchDispatchMode):

@@ -3,10 +3,10 @@
     python tests/resources.py [80 90 100 120] [bf16 fp16 fp32]          a table; with --json a list of rows
     python tests/resources.py --golden                                  writes the golden files of these compilers
 
-Every Triton kernel is compiled with every configuration its launcher can choose. Registers, spills and shared memory
-come from the cubin, by the cuobjdump and nvdisasm in Triton's own package; those of the CUDA kernels from nvcc. Runs in
-a process of its own, uninterpreted. The golden files (benchmarks/results/resources-<compiler>.json, a line a kernel)
-hold what was read once: a change shows as a difference.
+Every Triton kernel is compiled with every configuration its launcher can choose. Registers, spills, shared memory and
+inner loops come from the cubin, by the cuobjdump and nvdisasm in Triton's own package; nvcc itself tells all but the
+loops of the CUDA kernels. Runs in a process of its own, uninterpreted. The golden files
+(benchmarks/results/resources-<compiler>.json, a line a kernel) hold what was read once: a change shows as a difference.
 """
 
 import itertools
@@ -20,28 +20,30 @@ import sys
 import tempfile
 from pathlib import Path
 
+from fastlm.benchmarks import machine_code
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 ARCHITECTURES = (80, 90, 100, 120)
-SHARED_LIMIT = {80: 163, 90: 227, 100: 227, 120: 99}  # KiB a block may use
-REGISTERS, THREADS = 65536, {80: 2048, 90: 2048, 100: 2048, 120: 1536}  # a multiprocessor has
 DTYPES = {"bf16": "*bf16", "fp16": "*fp16", "fp32": "*fp32"}
+ODD = "i32 odd"  # of a stride that is no multiple of 16, as of rows of 50257
 
 
 def softmax_xent(capability):
     from fastlm.kernels import softmax_xent as module
 
-    scalars = {"stride_xn": "i32", "stride_dxn": "i32", "V": "i32", "ignore": "i32"}
-    configs = {module._config(V, capability) for V in (1, 37, 2048, 2049, 16384, 16385, 50257, 300000)}
-    for dtype, (block, warps) in itertools.product(DTYPES, sorted(configs)):
-        types = {**scalars, "y_ptr": "*i64", **dict.fromkeys(("loss_ptr", "lse_ptr", "dloss_ptr"), "*fp32")}
-        for kernel in (module._softmax_xent_fwd_kernel, module._softmax_xent_bwd_kernel):
-            yield str(block), dtype, kernel, types, {"BLOCK_V": block}, {"num_warps": warps}
-    configs = {module._both_config(V, capability) for V in (1, 2048, 16384, 50257)}
-    for dtype, (block, warps) in itertools.product(DTYPES, sorted(configs)):
-        types = {**scalars, "y_ptr": "*i64", **dict.fromkeys(("loss_ptr", "lse_ptr", "dloss_ptr"), "*fp32")}
-        kernel = module._softmax_xent_both_kernel
-        yield str(block), dtype, kernel, types, {"BLOCK_V": block}, {"num_warps": warps}
+    fwd, bwd, both = (getattr(module, f"_softmax_xent_{name}_kernel") for name in ("fwd", "bwd", "both"))
+    types = {"stride_xn": "i32", "stride_dxn": "i32", "V": "i32", "ignore": "i32", "y_ptr": "*i64",
+             **dict.fromkeys(("loss_ptr", "lse_ptr", "dloss_ptr"), "*fp32")}
+    odd = {**types, "stride_xn": ODD, "stride_dxn": ODD}
+    sizes = 1, 37, 2048, 2049, 16384, 16385, 50257, 300000
+    for kernels, config in (((fwd, bwd), module._config), ((both,), module._both_config)):
+        configs = {config(V, capability) for V in sizes}
+        for dtype, (block, warps), kernel in itertools.product(DTYPES, sorted(configs), kernels):
+            for label, kinds in (("", types), (" odd", odd))[: 2 if (block, warps) == max(configs) else 1]:
+                run = 1 if label else 4 if dtype == "fp32" else 8
+                constants = {"BLOCK_V": block, **({} if kernel is bwd else {"RUN": run})}
+                yield f"{block}{label}", dtype, kernel, kinds, constants, {"num_warps": warps}
 
 
 def attention(capability):
@@ -110,22 +112,25 @@ def layer_norm(capability):
     fwd, bwd = module._layer_norm_fwd_kernel, module._layer_norm_bwd_kernel
     absent = {fwd: {"s_ptr": None, "residual_ptr": None, "x_bias_ptr": None},
               bwd: {"ds_ptr": None, "dresidual_ptr": None}}
-    for dtype, C, kernel, alone in itertools.product(DTYPES, (768, 1600, 4096), (fwd, bwd), (False, True)):
+    odd = dict.fromkeys(("stride_xn", "stride_rn", "stride_dyn", "stride_dsn", "stride_sn"), ODD)
+    for dtype, C, kernel, alone in itertools.product(DTYPES, (768, 1600, 4096, 769), (fwd, bwd), (False, True)):
         block, warps, ahead, _ = module._config(C, 2 if alone and dtype != "fp32" else 4, capability)
         constants = {"C": C, "BLOCK_C": block, **(absent[kernel] if alone else {})}
         constants |= {"AHEAD": ahead, "X_BIAS": not alone} if kernel is bwd else {}
-        yield f"C={C}{' alone' * alone}", dtype, kernel, types if alone else wide, constants, {"num_warps": warps}
+        kinds = {**(types if alone else wide), **(odd if C % 2 else {})}
+        yield f"C={C}{' alone' * alone}{' odd' * (C % 2)}", dtype, kernel, kinds, constants, {"num_warps": warps}
 
 
 def bias_gelu(capability):
     from fastlm.kernels import bias_gelu as module
 
     types = {"bias_ptr": "*fp32", "partial_ptr": "*fp32"}
-    for dtype, C in itertools.product(DTYPES, (512, 3072)):
+    for dtype, C in itertools.product(DTYPES, (512, 3072, 3073)):
         block_n, block_c, warps, _ = module._config(C, 4 if dtype == "fp32" else 2, capability)
         constants = {"C": C, "BLOCK_N": block_n, "BLOCK_C": block_c}
         for kernel in (module._bias_gelu_fwd_kernel, module._bias_gelu_bwd_kernel):
-            yield f"C={C}", dtype, kernel, types, constants, {"num_warps": warps}
+            kinds = {**types, **(dict.fromkeys(("stride_xn", "stride_dyn"), ODD) if C % 2 else {})}
+            yield f"C={C}{' odd' * (C % 2)}", dtype, kernel, kinds, constants, {"num_warps": warps}
 
 
 def column_sums(capability):
@@ -196,55 +201,37 @@ LIMITS = {
 
 
 def compile_variant(dtype, kernel, types, constants, options, capability):
-    """The compiled kernel, pointers and strides multiples of 16 as a launch finds them for padded rows."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
+    """The compiled kernel, pointers and strides multiples of 16 as a launch finds them, but for those that are ODD."""
     def kind(name):
         if name in constants:
             return "constexpr"
         return types.get(name, DTYPES[dtype] if name.endswith("_ptr") else "i32")
 
-    signature = {name: kind(name) for name in kernel.arg_names}
-    index = {name: (position,) for position, name in enumerate(kernel.arg_names)}
-    source = ASTSource(
-        fn=kernel,
-        signature=signature,
-        constexprs={index[name]: value for name, value in constants.items()},
-        attrs={index[name]: [["tt.divisibility", 16]] for name, kind in signature.items()
-               if kind[0] == "*" or name.startswith("stride")},
-    )
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    kinds = {name: kind(name) for name in kernel.arg_names}
+    signature = {name: kind.removesuffix(" odd") for name, kind in kinds.items()}
+    divisible = [name for name, kind in kinds.items() if kind[0] == "*" or name.startswith("stride") and kind != ODD]
+    return machine_code.compile_kernel(kernel, signature, constants, divisible, options, capability)
 
 
 def read_resources(compiled, capability):
-    """What a compiled kernel uses, and whether its addresses are 64 bits wide."""
-    import triton
-
-    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        usage = subprocess.run([tools / "cuobjdump", "-res-usage", file.name], capture_output=True, text=True).stdout
-        machine = subprocess.run([tools / "nvdisasm", "-c", file.name], capture_output=True, text=True).stdout
-    registers = int(re.search(r"REG:(\d+)", usage).group(1))
+    """What a compiled kernel uses, whether its addresses are 64 bits wide, and its inner loops."""
+    machine = machine_code.tool("nvdisasm", "-c", binary=compiled.asm["cubin"])
+    registers = machine_code.registers_of(compiled.asm["cubin"])
     threads, shared = compiled.metadata.num_warps * 32, compiled.metadata.shared
-    blocks = min(REGISTERS // (max(registers, 1) * threads), THREADS[capability] // threads)
-    if shared:
-        blocks = min(blocks, SHARED_LIMIT[capability] * 1024 // shared)
+    blocks = machine_code.resident(registers, threads, shared, capability)
     return {
         "registers": registers,
         "spills": len(re.findall(r"\b(?:STL|LDL)\b", machine)),
         "shared": shared,
         "threads": threads,
-        "occupancy": round(blocks * threads / THREADS[capability], 2),
+        "occupancy": round(blocks * threads / machine_code.THREADS[capability], 2),
         "wgmma": len(re.findall(r"\bHGMMA", machine)),
         "wgmma_waits": len(re.findall(r"\bWARPGROUP\.DEPBAR", machine)),
         "tma": len(re.findall(r"\bUTMALDG", machine)),
         "wide_loads": len(re.findall(r"\bLDG(?:STS)?\.E\S*\.128", machine)),
         "wide_stores": len(re.findall(r"\bSTG\.E\S*\.128", machine)),
         "narrow_rows": narrow_rows(compiled.asm["ttir"]),
+        "loops": machine_code.inner_loops(machine),
     }
 
 
@@ -310,12 +297,15 @@ def nvcc_rows(sm):
         with tempfile.TemporaryDirectory() as folder:
             done = subprocess.run(
                 ["nvcc", "-std=c++20", "-O3", "-gencode", f"arch=compute_{name},code=sm_{name}", "-Xptxas", "-v",
-                 f"-I{ROOT / 'csrc'}", "-c", str(path), "-o", f"{folder}/kernel.o"],
+                 f"-I{ROOT / 'csrc'}", "-cubin", str(path), "-o", f"{folder}/kernel.cubin"],
                 capture_output=True, text=True, timeout=300,
             )
-        assert done.returncode == 0, done.stderr
+            assert done.returncode == 0, done.stderr
+            machine = machine_code.tool("nvdisasm", "-c", binary=Path(folder, "kernel.cubin").read_bytes())
+        machine = machine_code.functions(machine)
+        mangled = re.findall(r"Compiling entry function '(\w+)'", done.stderr)
         told = subprocess.run(["c++filt"], input=done.stderr, capture_output=True, text=True).stdout
-        for part in told.split("Compiling entry function '")[1:]:
+        for name_of, part in zip(mangled, told.split("Compiling entry function '")[1:], strict=True):
             kernel = part.split("'")[0].replace("fastlm::", "").replace("(anonymous namespace)::", "")
             kernel = re.sub(r"^void cuda::_?|\([^()]*\)$", "", kernel)
 
@@ -325,7 +315,7 @@ def nvcc_rows(sm):
             yield {
                 "kernel": f"{path.stem}.cu {kernel}", "sm": sm, "registers": number(r"Used (\d+) registers"),
                 "spills": number(r"(\d+) bytes spill"), "shared": number(r"(\d+) bytes smem"),
-                "stack": number(r"(\d+) bytes stack frame"),
+                "stack": number(r"(\d+) bytes stack frame"), "loops": machine_code.inner_loops(machine[name_of]),
             }
 
 
@@ -361,10 +351,17 @@ def differences(rows, kept):
         if old is None:
             yield f"{' '.join(map(str, key(row)))}: not in the golden file"
             continue
-        changed = {name: (old.get(name), value) for name, value in row.items() if old.get(name) != value}
+        old, row = flat(old), flat(row)
+        changed = {name: (old.get(name), row.get(name)) for name in {**old, **row} if old.get(name) != row.get(name)}
         if changed:
             told = ", ".join(f"{name} {before} -> {now}" for name, (before, now) in changed.items())
             yield f"{' '.join(map(str, key(row)))}: {told}"
+
+
+def flat(row):
+    """A row with a figure for each of its loops' figures."""
+    loops = enumerate(row.get("loops", ()), 1)
+    return {**row, "loops": None, **{f"loop {n} {name}": value for n, loop in loops for name, value in loop.items()}}
 
 
 def write_golden(compiler, rows):
@@ -385,7 +382,9 @@ if __name__ == "__main__":
         print(json.dumps(rows))
     else:
         width = max(len(row["kernel"]) for row in rows)
-        for row in [dict(zip(rows[0], rows[0])), *rows]:
-            print(f"{row['kernel']:{width}}", *(f"{value:>11}" for value in list(row.values())[1:]))
+        for row in [dict(zip(rows[0], rows[0])) | {"loops": ()}, *rows]:
+            print(f"{row['kernel']:{width}}", *(f"{value:>11}" for value in list(row.values())[1:-1]))
+            for loop in row["loops"]:
+                print("    inner loop:", ", ".join(f"{name} {count}" for name, count in loop.items()))
         for kernel, limit in LIMITS.items():
             print(f"{kernel}: {limit}")

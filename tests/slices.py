@@ -60,8 +60,8 @@ SLICES = {
     "cuda softmax_xent": cuda("softmax_xent", 30),
     "cuda decode_attention": cuda("decode_attention", 20),
     "cuda cache_append": cuda("cache_append", 5),
-    "nvcc": Slice("::test_nvcc_resources", "csrc/cuda/* csrc/*.h tests/resources.py benchmarks/results/resources-nvcc*",
-                  40),
+    "nvcc": Slice("::test_nvcc_resources", "csrc/cuda/* csrc/*.h tests/resources.py benchmarks/machine_code.py "
+                  "benchmarks/results/resources-nvcc*", 40),
     "triton attention": triton("attention dropout", "tests/test_attention.py", 50),
     "triton decode": triton("decode_attention cache_append",
                             "tests/test_decode_attention.py tests/test_cache_append.py", 15),
@@ -69,8 +69,8 @@ SLICES = {
     "triton training": triton("layer_norm bias_gelu column_sums adamw grad_norm",
                               "tests/test_layer_norm.py tests/test_bias_gelu.py tests/test_adamw.py "
                               "tests/test_grad_norm.py", 10),
-    "triton resources": Slice("test_triton_resources.py", "kernels/*.py tests/resources.py "
-                              "benchmarks/results/resources-triton*", 130),
+    "triton resources": Slice("test_triton_resources.py", "kernels/*.py tests/resources.py benchmarks/machine_code.py "
+                              "benchmarks/prediction.py benchmarks/results/resources-triton*", 160),
     "cpu attention": cpu("attention", "csrc/cpu/products/cached.h tests/test_attention.py", 10),
     "cpu decode": cpu("decode_attention running simd cache_append draw",
                       "tests/test_decode_attention.py tests/test_cache_append.py", 10),

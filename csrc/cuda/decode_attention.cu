@@ -7,6 +7,8 @@
 // kernel merges a sequence's splits in ascending order. So a sequence's bits depend on nothing but itself, and lengths
 // are read on the device: a split beyond its sequence ends at once. kLanes lanes share a key, 16 bytes of it each, and
 // every lane has kAhead keys and values on the way before it computes. Source: Dao et al., "Flash-Decoding", 2023.
+#include <cstring>
+
 #include "common.cuh"
 
 namespace fastlm::cuda {
@@ -20,22 +22,32 @@ struct Partial {
   __device__ Partial(float* scratch, int64_t D, int64_t row) : m(scratch + row * (D + 2)), l(m + 1), o(m + 2) {}
 };
 
-// kSize elements from d on of a row of D; zeros beyond.
+// 16 bytes as they were loaded: as elements they would be taken apart, and waited for, where paths meet.
+using Part = Vector<uint32_t>;
+
 template <class T>
-__device__ void load_part(float (&part)[Vector<T>::kSize], const T* row, int64_t d, int64_t D, bool wide) {
-  constexpr int kSize = Vector<T>::kSize;
-  Vector<T> loaded;
-  if (wide && d < D) {
-    loaded = *reinterpret_cast<const Vector<T>*>(row + d);
-    for (int j = 0; j < kSize; j++) part[j] = to_float(loaded.at[j]);
-  } else {
-    for (int j = 0; j < kSize; j++) part[j] = d + j < D ? to_float(row[d + j]) : 0.0f;
-  }
+__device__ Vector<T> elements(const Part& part) {
+  Vector<T> of;
+  memcpy(&of, &part, sizeof of);
+  return of;
 }
 
-template <class T, int kLanes, int kQueries>
-__global__ void __launch_bounds__(kThreads)
-    _decode_attention_split_kernel(DecodeAttention op, int64_t splits, bool wide) {
+// kSize elements from d on of a row of D; zeros beyond. `kWide`: by one load.
+template <bool kWide, class T>
+__device__ Part load_part(const T* row, int64_t d, int64_t D) {
+  Part part = {};
+  if constexpr (kWide) {
+    if (d < D) part = *reinterpret_cast<const Part*>(row + d);
+  } else {
+    Vector<T> of = elements<T>(part);
+    for (int j = 0; j < Vector<T>::kSize; j++) of.at[j] = d + j < D ? row[d + j] : of.at[j];
+    memcpy(&part, &of, sizeof part);
+  }
+  return part;
+}
+
+template <class T, int kLanes, int kQueries, bool kWide>
+__global__ void __launch_bounds__(kThreads) _decode_attention_split_kernel(DecodeAttention op, int64_t splits) {
   constexpr int kSize = Vector<T>::kSize, kGroups = 32 / kLanes, kKeys = kWarps * kGroups;
   FASTLM_SHARED(OnlineSoftmax, of_warp, kWarps * kQueries);
   FASTLM_SHARED(float, o_warp, kWarps * kQueries * kLanes * kSize);
@@ -50,23 +62,30 @@ __global__ void __launch_bounds__(kThreads)
   const T* k_head = static_cast<const T*>(op.k_pages) + h * op.stride_kh;
   const T* v_head = static_cast<const T*>(op.v_pages) + h * op.stride_vh;
   const int32_t* table = op.block_table + b * op.stride_tb;
+  const uint32_t page_size = uint32_t(op.page);  // lengths have 32 bits, and their division is short
 
   float q[kQueries][kSize], o[kQueries][kSize] = {};
   OnlineSoftmax state[kQueries];
   for (int t = 0; t < kQueries; t++) {
     state[t] = {-INFINITY, 0.0f};
-    for (int j = 0; j < kSize; j++) q[t][j] = 0.0f;
-    if (t < queries) load_part(q[t], q_head + (first + t) * op.stride_qt, d, op.D, wide);
+    Part part = {};
+    if (t < queries) part = load_part<kWide>(q_head + (first + t) * op.stride_qt, d, op.D);
+    for (int j = 0; j < kSize; j++) q[t][j] = to_float(elements<T>(part).at[j]);
   }
   for (int64_t s0 = start; s0 < end; s0 += kKeys * kAhead) {
-    float k[kAhead][kSize], v[kAhead][kSize];
+    int32_t page[kAhead];
     for (int i = 0; i < kAhead; i++) {
       const int64_t s = s0 + i * kKeys + group;
-      for (int j = 0; j < kSize; j++) k[i][j] = v[i][j] = 0.0f;  // what was never written may be NaN
+      page[i] = -1;
+      if (s < end) page[i] = table[uint32_t(s) / page_size];
+    }
+    Part k[kAhead], v[kAhead];
+    for (int i = 0; i < kAhead; i++) {
+      const int64_t s = s0 + i * kKeys + group, row = uint32_t(s) % page_size;
+      k[i] = v[i] = {};  // what was never written may be NaN
       if (s < end) {
-        const int64_t page = table[s / op.page], row = s % op.page;
-        load_part(k[i], k_head + page * op.stride_kp + row * op.stride_ks, d, op.D, wide);
-        load_part(v[i], v_head + page * op.stride_vp + row * op.stride_vs, d, op.D, wide);
+        k[i] = load_part<kWide>(k_head + page[i] * op.stride_kp + row * op.stride_ks, d, op.D);
+        v[i] = load_part<kWide>(v_head + page[i] * op.stride_vp + row * op.stride_vs, d, op.D);
       }
     }
 #pragma unroll  // or o and q would lie in memory, where a running index reaches them
@@ -76,7 +95,7 @@ __global__ void __launch_bounds__(kThreads)
       for (int i = 0; i < kAhead; i++) {
         const int64_t s = s0 + i * kKeys + group;
         float dot = 0.0f;
-        for (int j = 0; j < kSize; j++) dot += q[t][j] * k[i][j];
+        for (int j = 0; j < kSize; j++) dot += q[t][j] * to_float(elements<T>(k[i]).at[j]);
         for (int offset = kLanes / 2; offset; offset /= 2) dot += __shfl_xor_sync(0xffffffffu, dot, offset);
         x[i] = s <= length - op.T + first + t ? dot * op.scale : -INFINITY;  // so s < length too
         top = fmaxf(top, x[i]);
@@ -87,7 +106,7 @@ __global__ void __launch_bounds__(kThreads)
       for (int i = 0; i < kAhead; i++) {
         const float p = OnlineSoftmax::exp(x[i] - origin);
         state[t].s += p;
-        for (int j = 0; j < kSize; j++) o[t][j] += p * v[i][j];
+        for (int j = 0; j < kSize; j++) o[t][j] += p * to_float(elements<T>(v[i]).at[j]);
       }
     }
   }
@@ -149,14 +168,23 @@ __global__ void _decode_attention_merge_kernel(DecodeAttention op, int64_t split
   static_cast<T*>(op.o)[((b * op.T + t) * op.H + h) * op.D + d] = from_float<T>(state.s == 0.0f ? 0.0f : o / state.s);
 }
 
-template <class T, int kLanes>
-void split(const DecodeAttention& op, int64_t splits, bool wide, cudaStream_t stream) {
+template <class T, int kLanes, bool kWide>
+void split(const DecodeAttention& op, int64_t splits, cudaStream_t stream) {
   const int64_t blocks = op.B * op.H * splits;
   if (op.T == 1)
-    FASTLM_LAUNCH((_decode_attention_split_kernel<T, kLanes, 1>), dim3(blocks), dim3(kThreads), stream, op, splits, wide);
+    FASTLM_LAUNCH((_decode_attention_split_kernel<T, kLanes, 1, kWide>), dim3(blocks), dim3(kThreads), stream, op,
+                  splits);
   else
-    FASTLM_LAUNCH((_decode_attention_split_kernel<T, kLanes, 4>), dim3(blocks, (op.T + 3) / 4), dim3(kThreads), stream,
-                  op, splits, wide);
+    FASTLM_LAUNCH((_decode_attention_split_kernel<T, kLanes, 4, kWide>), dim3(blocks, (op.T + 3) / 4), dim3(kThreads),
+                  stream, op, splits);
+}
+
+template <class T, bool kWide>
+void split(const DecodeAttention& op, int64_t splits, cudaStream_t stream) {
+  const int64_t parts = (op.D + Vector<T>::kSize - 1) / Vector<T>::kSize;
+  if (parts <= 8) split<T, 8, kWide>(op, splits, stream);
+  else if (parts <= 16) split<T, 16, kWide>(op, splits, stream);
+  else split<T, 32, kWide>(op, splits, stream);
 }
 
 template <class T>
@@ -168,10 +196,8 @@ void run(const DecodeAttention& op, cudaStream_t stream) {
   for (int64_t stride : {op.stride_qb, op.stride_qt, op.stride_qh, op.stride_kp, op.stride_ks, op.stride_kh, op.stride_vp,
                          op.stride_vs, op.stride_vh})
     wide = wide && stride % kSize == 0;
-  const int64_t parts = (op.D + kSize - 1) / kSize;
-  if (parts <= 8) split<T, 8>(op, splits, wide, stream);
-  else if (parts <= 16) split<T, 16>(op, splits, wide, stream);
-  else split<T, 32>(op, splits, wide, stream);
+  if (wide) split<T, true>(op, splits, stream);
+  else split<T, false>(op, splits, stream);
   FASTLM_LAUNCH(_decode_attention_merge_kernel<T>, dim3(op.B * op.H * op.T), dim3((op.D + 31) / 32 * 32), stream, op,
                 splits);
 }

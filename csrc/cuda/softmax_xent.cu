@@ -6,9 +6,9 @@
 //
 // A block owns a row. Forward reads it once, in 16-byte vectors where the row allows (its first elements up to a
 // boundary and its last ones singly); every thread keeps a running maximum and sum, merged over lanes, then over
-// warps, in a fixed order. Backward reads x once and writes dx once. In place both are one kernel, which keeps the row
-// in shared memory (101 KB at V = 50257, bf16: two blocks a multiprocessor, so that one reads while the other writes):
-// one read and one write in all. A row that does not fit is read a second time.
+// warps, in a fixed order. Backward reads x once and writes dx once, but the label's element twice. In place both are
+// one kernel, which keeps the row in shared memory (101 KB at V = 50257, bf16: two blocks a multiprocessor, so that one
+// reads while the other writes): one read and one write in all. A row that does not fit is read a second time.
 // Source of the online softmax: Milakov and Gimelshein, arXiv 1805.02867.
 #include "common.cuh"
 
@@ -84,10 +84,18 @@ __global__ void __launch_bounds__(kThreads) _softmax_xent_fwd_kernel(SoftmaxXent
   }
 }
 
-// dx of one row: p scaled by dloss, without the label's -1.
+// dx without the label's -1: exp(x - origin) scale.
 template <class T>
-__device__ T gradient(T x, float lse, float dloss) {
-  return from_float<T>(OnlineSoftmax::exp(to_float(x) - lse) * dloss);
+__device__ T gradient(T x, float origin, float scale) {
+  return from_float<T>(OnlineSoftmax::exp(to_float(x) - origin) * scale);
+}
+
+template <class T>
+__device__ Vector<T> gradient(Vector<T> x, float origin, float scale) {
+  for (int j = 0; j < Vector<T>::kSize; j += 2)
+    store_pair(x.at + j, OnlineSoftmax::exp(to_float(x.at[j]) - origin) * scale,
+               OnlineSoftmax::exp(to_float(x.at[j + 1]) - origin) * scale);
+  return x;
 }
 
 template <class T>
@@ -102,25 +110,20 @@ __global__ void __launch_bounds__(kThreads) _softmax_xent_bwd_kernel(SoftmaxXent
     return;
   }
   const float dloss = op.dloss[n], lse = op.lse[n];
-  // Only the thread that writes dx[y] uses this, and dx may be x: no other writes there before it has read.
-  const float at_label = (OnlineSoftmax::exp(to_float(x[y]) - lse) - 1.0f) * dloss;
-
   const bool alike = reinterpret_cast<uintptr_t>(x) % 16 == reinterpret_cast<uintptr_t>(dx) % 16;
   const int64_t head = alike ? min(elements_to_boundary(x), V) : V, vectors = (V - head) / kSize;
+  const int64_t tail = head + vectors * kSize;
   const Vector<T>* body = reinterpret_cast<const Vector<T>*>(x + head);            // (vectors,)
   Vector<T>* out = reinterpret_cast<Vector<T>*>(dx + head);                        // (vectors,)
-  for (int64_t i = threadIdx.x; i < vectors; i += kThreads) {
-    Vector<T> values = body[i];
-    for (int j = 0; j < kSize; j++) {
-      const int64_t v = head + i * kSize + j;
-      values.at[j] = v == y ? from_float<T>(at_label) : gradient(values.at[j], lse, dloss);
-    }
-    out[i] = values;
-  }
-  for (int64_t v = threadIdx.x; v < head; v += kThreads)
-    dx[v] = v == y ? from_float<T>(at_label) : gradient(x[v], lse, dloss);
-  for (int64_t v = head + vectors * kSize + threadIdx.x; v < V; v += kThreads)
-    dx[v] = v == y ? from_float<T>(at_label) : gradient(x[v], lse, dloss);
+  // The thread that writes dx[y] corrects it at the end. dx may be x: it has read x[y] before, no other writes there.
+  const bool mine = (y < head ? y : y < tail ? (y - head) / kSize : y - tail) % kThreads == threadIdx.x;
+  const float x_label = mine ? to_float(x[y]) : 0.0f;
+
+  for_vectors(vectors, [&](int64_t i) { return body[i]; },
+              [&](int64_t i, const Vector<T>& loaded) { out[i] = gradient(loaded, lse, dloss); });
+  for (int64_t v = threadIdx.x; v < head; v += kThreads) dx[v] = gradient(x[v], lse, dloss);
+  for (int64_t v = tail + threadIdx.x; v < V; v += kThreads) dx[v] = gradient(x[v], lse, dloss);
+  if (mine) dx[y] = from_float<T>((OnlineSoftmax::exp(x_label - lse) - 1.0f) * dloss);
 }
 
 // A thread writes nothing but what it has read itself. `kStaged`: into shared memory, from where it takes it again.
@@ -164,12 +167,7 @@ __global__ void __launch_bounds__(kThreads, 2) _softmax_xent_both_kernel(Softmax
   // p is exp(x - m) / s, not exp(x - lse): where logits are large, lse has been rounded to their size.
   const float origin = OnlineSoftmax::origin(state.m), scale = dloss / state.s;
   for_vectors(vectors, [&](int64_t i) { return kStaged ? stage[i] : body[i]; },
-              [&](int64_t i, Vector<T> values) {
-                for (int j = 0; j < kSize; j += 2)
-                  store_pair(values.at + j, OnlineSoftmax::exp(to_float(values.at[j]) - origin) * scale,
-                             OnlineSoftmax::exp(to_float(values.at[j + 1]) - origin) * scale);
-                body[i] = values;
-              });
+              [&](int64_t i, const Vector<T>& loaded) { body[i] = gradient(loaded, origin, scale); });
   if (at_edge) x[edge] = from_float<T>(OnlineSoftmax::exp(x_edge - origin) * scale);
   if (mine) {
     const float p = OnlineSoftmax::exp(x_label - origin) / state.s;

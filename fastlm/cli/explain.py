@@ -1,7 +1,8 @@
 """`fastlm explain`: which backend runs an op here and why, how it is launched, and the floor that its work sets.
 
-`fastlm explain model DIR` tells which fast paths serve a model; `fastlm explain step` what a training step on a GPU
-asks of its memory, for which it needs none.
+What its Triton kernels would take on a large GPU is predicted, whatever machine this is. `fastlm explain model DIR`
+tells which fast paths serve a model, `fastlm explain step` what a training step on a GPU asks of its memory, and
+`fastlm explain preset NAME` how it fills such a GPU.
 """
 
 import os
@@ -17,8 +18,8 @@ minimum: of an op its operands and results once, of a product its own, of what e
 
 
 def explain(
-    op: Annotated[str, typer.Argument(help="One of fastlm's ops, e.g. attention, or: model DIR, or: step.")],
-    directory: Annotated[Path | None, typer.Argument(help="Of the model.", metavar="[DIR]")] = None,
+    op: Annotated[str, typer.Argument(help="One of fastlm's ops, e.g. attention, or: model DIR, step, preset NAME.")],
+    of: Annotated[Path | None, typer.Argument(help="The model or the preset.", metavar="[DIR|NAME]")] = None,
     shape: Annotated[str | None, typer.Option(help="Sizes in place of the usual, e.g. B=8,T=1024.")] = None,
     dtype: Annotated[str, typer.Option(help="fp32, bf16 or fp16.")] = "bf16",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
@@ -26,18 +27,20 @@ def explain(
 ):
     """Tell of every kernel of an op: the backend chosen, why no other, the launch, bytes and FLOPs and their floor.
 
-    Exit code 1 where the one chosen raises. Of a model in DIR: whether its modules are stepped over, and why not. Of a
-    step: the bytes, launches, memory and waits of training GPT-2 on a GPU, which need not be there; of PyTorch's own
-    with FASTLM_BACKEND=torch.
+    Exit code 1 where the one chosen raises. Unless the device is cpu: what its Triton kernels would take, a prediction.
+    Of a model in DIR: whether its modules are stepped over, and why not. Of a step: the bytes, launches, memory and
+    waits of training GPT-2 on a GPU, which need not be there; of PyTorch's own with FASTLM_BACKEND=torch. Of a preset
+    of `fastlm train`: the tiles and waves of each product and kernel of a step, and what it works on beside the L2
+    cache.
     """
     if json is not None and op != "step":
         raise ValueError(f"--json {json} goes with `fastlm explain step`")
-    if (op == "model") != (directory is not None):
-        raise ValueError("a directory goes with `fastlm explain model DIR`, and with no op")
-    if directory is not None:
+    if (op in ("model", "preset")) != (of is not None):
+        raise ValueError("a directory goes with `fastlm explain model DIR`, a name with preset, and neither with an op")
+    if of is not None:
         if shape is not None:
-            raise ValueError(f"--shape {shape} goes with an op: a model has its own")
-        return _model(directory, device, dtype)
+            raise ValueError(f"--shape {shape} goes with an op: a {op} has its own")
+        return _model(of, device, dtype) if op == "model" else _preset(str(of))
     if op == "step":
         return _step(shape, dtype, json)
     from rich.console import Console
@@ -48,7 +51,7 @@ def explain(
     from fastlm.cli.device import device_of, failing
     from fastlm.measure.roofs import roofs
 
-    device = device_of(device)
+    predicted, device = device != "cpu", device_of(device)
     cases = harness.suite([op], device=device, shape=sizes_of(shape), dtypes=[dtype])
     whole = {case.part: case for case in cases if case.shape == cases[0].shape}  # the first shape where none is given
     for case in whole.values():
@@ -67,6 +70,38 @@ def explain(
             f"{roof.products[dtype] / 1e9:,.0f} GFLOP/s: at least {floor * 1e6:,.1f} µs, limited by {limit}",
             highlight=False, soft_wrap=True,
         )
+    if predicted:
+        from fastlm.benchmarks import prediction
+
+        console.print()
+        if (reason := prediction.why_not(op)) is not None:
+            return console.print(f"no prediction: {reason}", highlight=False)
+        with console.status("compiling for a GPU, a second or two a kernel"), failing(f"{op} {dtype}"):
+            lines = list(prediction.prediction(op, sizes_of(shape), dtype))
+        for line in lines:
+            console.print(line, highlight=False, soft_wrap=True)
+
+
+def _preset(name):
+    from rich.console import Console
+
+    from fastlm.benchmarks import prediction
+    from fastlm.training.config import PRESETS
+
+    if name not in PRESETS:
+        raise ValueError(f"preset is {name!r}, wanted {', '.join(PRESETS)}")
+    console, gpu = Console(), prediction.device()
+    with console.status("compiling for a GPU, a second or two a kernel"):
+        rows = list(prediction.preset(name, gpu))
+    small, large = prediction.CACHES
+    typer.echo(f"Predicted: a step of {name}, {gpu.name}, {gpu.multiprocessors} multiprocessors; products in tiles of "
+               f"{' × '.join(map(str, prediction.PRODUCT))};\nbytes worked on, and how many times an L2 cache of "
+               f"{small / 1e6:.0f} or {large / 1e6:.0f} MB they are")
+    for row in rows:
+        typer.echo(f"{row['what']:30} {row['tiles']:8,} tiles {row['waves']:8.2f} waves, {row['idle']:4.0%} idle "
+                   f"{row['bytes'] / 1e6:10,.1f} MB {row['bytes'] / small:7.2f} × {row['bytes'] / large:7.2f} ×")
+    if (reason := prediction.why_not()) is not None:
+        typer.echo(f"kernels are left out: {reason}")
 
 
 def _model(directory, device, dtype):
