@@ -113,7 +113,7 @@ SLICES = {
     "gpu command": Slice("test_gpu_command.py", "benchmarks/gpu/* tests/test_gpu_command.py", 100),
 }
 # Files that the default tests, or a run itself, see to.
-DEFAULT = (".ci/run tests/emulation/module.cpp *.md LICENSE .gitignore benchmarks/results/* "
+DEFAULT = (".ci/run tests/emulation/module.cpp tests/team.cpp *.md LICENSE .gitignore benchmarks/results/* "
            "tests/test_*.py")
 
 

@@ -1,7 +1,10 @@
 """How Python's arguments become the structs of csrc/fastlm.h: by name, or an error that names the field."""
 
 import struct
+import subprocess
+from pathlib import Path
 
+import compiled
 import pytest
 import torch
 
@@ -64,3 +67,11 @@ def test_every_struct_fits():
     for name, op in native._C.cpu.ops.items():
         assert len(op.fields) == len(op.format) == len(set(op.fields)), name
         assert struct.calcsize(op.format) <= 1024, name
+
+
+def test_a_team_that_keeps_its_caller_waiting_is_done_without_for_a_while(tmp_path):
+    program, source, csrc = tmp_path / "team", Path(__file__).parent / "team.cpp", compiled.ROOT / "csrc"
+    subprocess.run([compiled.compiler(), "-std=c++20", "-fopenmp", f"-I{csrc}", source, "-o", program], check=True)
+    told = subprocess.run([program], capture_output=True, text=True, check=True).stdout
+    assert told == ("late 1, late at a barrier 1, alone 1, tried again 2, even 2, the caller last 2, few pieces 2, "
+                    "one asked for 1\n")

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "isa.h"
+#include "team.h"
 
 namespace fastlm::cpu::FASTLM_ISA {
 namespace {
@@ -45,10 +46,9 @@ void checksum(const Checksum& op, int threads) {
       pieces.push_back({span, first, std::min(kPiece / kLine, lines - first)});
   }
   std::array<uint64_t, kChecksums> totals{};
-#pragma omp parallel num_threads(threads)
-  {
+  in_team(threads, int64_t(pieces.size()), [&](Team&) {
     std::array<uint64_t, kChecksums> own{};
-#pragma omp for schedule(dynamic, 1)
+#pragma omp for schedule(dynamic, 1) nowait
     for (size_t i = 0; i < pieces.size(); i++) {
       const auto [span, first, lines] = pieces[i];
       const char* memory = reinterpret_cast<const char*>(op.spans[3 * span]);
@@ -77,7 +77,7 @@ void checksum(const Checksum& op, int threads) {
     }
 #pragma omp critical
     for (int64_t k = 0; k < kChecksums; k++) totals[k] += own[k];
-  }
+  });
   for (int64_t k = 0; k < kChecksums; k++) op.sums[k] = int64_t(totals[k]);
 }
 

@@ -15,6 +15,7 @@
 
 #include "isa.h"
 #include "products/blocked.h"
+#include "team.h"
 
 namespace fastlm::cpu::FASTLM_ISA {
 namespace {
@@ -73,7 +74,7 @@ class Packed {
   }
 
   // All threads of a team pack together, and wait until that is done. sums (N,): where the sums over K go, or nothing.
-  void pack(std::initializer_list<float*> sums = {}) const {
+  void pack(Team& team, std::initializer_list<float*> sums = {}) const {
     for (size_t i = 0; i < products_.size(); i++) {
       const Product& op = products_[i];
       float* to = sums.size() ? sums.begin()[i] : nullptr;
@@ -84,7 +85,7 @@ class Packed {
           sum_panel(to + n, panels(i) + n * op.K, op.K, std::min(kTileColumns, op.N - n));
       }
     }
-#pragma omp barrier
+    team.wait();
   }
 
   // Rows m0 … of product i.
@@ -159,7 +160,7 @@ void for_rows(int64_t N, int64_t most, Body&& body) {
   std::vector<int64_t> starts{0};
   for (const int64_t units = ceil_div(N, kRows), threads = omp_get_num_threads(); starts.back() < units;)
     starts.push_back(starts.back() + std::clamp((units - starts.back()) / (2 * threads), int64_t(1), most));
-#pragma omp for schedule(dynamic, 1)
+#pragma omp for schedule(dynamic, 1) nowait
   for (size_t i = 0; i < starts.size() - 1; i++)
     body(starts[i] * kRows, std::min(starts[i + 1] * kRows, N) - starts[i] * kRows);
 }
@@ -182,28 +183,28 @@ Attention attention_of(const Op& op) {
 
 // One block, L being 1.
 void forward_of(const Gpt2BlocksFwd& op, int threads) {
-  const int64_t N = op.B * op.T, C = op.H * op.D;
+  const int64_t N = op.B * op.T, C = op.H * op.D, blocks = ceil_div(N, kRows);
   const Parts parts(op.weights, C, op.F);
   Product proj = forward(op.s, op.o, parts.proj, N), up = forward(op.slope, op.h2, parts.up, N);
   Product down = forward(op.y, op.g, parts.down, N);
   proj.residual = op.x, up.gelu = op.g, down.residual = op.s;
   const Packed products{forward(op.qkv, op.h1, parts.qkv, N), proj, up, down};
 
-#pragma omp parallel num_threads(threads)
-  {
-    products.pack();
+  in_team(threads, blocks, [&](Team& team) {
+    products.pack(team);
     for_rows(N, op.cut_rows, [&](int64_t m0, int64_t rows) {
       norm_forward(op.h1, op.statistics, op.x, parts.ln_1, N, C, op.epsilon, m0, rows);
       products.rows(0, m0, rows);
     });
-  }
+  });
   attention_fwd(attention_of<AttentionFwd>(op), threads);
-#pragma omp parallel num_threads(threads)
-  for_rows(N, op.cut_rows, [&](int64_t m0, int64_t rows) {
-    products.rows(1, m0, rows);
-    norm_forward(op.h2, op.statistics + 2 * N, op.s, parts.ln_2, N, C, op.epsilon, m0, rows);
-    products.rows(2, m0, rows);
-    products.rows(3, m0, rows);
+  in_team(threads, blocks, [&](Team&) {
+    for_rows(N, op.cut_rows, [&](int64_t m0, int64_t rows) {
+      products.rows(1, m0, rows);
+      norm_forward(op.h2, op.statistics + 2 * N, op.s, parts.ln_2, N, C, op.epsilon, m0, rows);
+      products.rows(2, m0, rows);
+      products.rows(3, m0, rows);
+    });
   });
 }
 
@@ -222,16 +223,15 @@ void backward_of(const Gpt2BlocksBwd& op, int threads) {
     down.factor = op.slope;
     const Packed products{down, backward(dh, du, parts.up, N), backward(d_o, ds, parts.proj, N),
                           backward(dh, dqkv, parts.qkv, N)};
-#pragma omp parallel num_threads(threads)
-    {
-      products.pack();
+    in_team(threads, blocks, [&](Team& team) {
+      products.pack(team);
       for_rows(N, op.cut_rows, [&](int64_t m0, int64_t rows) {
         products.rows(0, m0, rows);
         products.rows(1, m0, rows);
         norm_backward(ds, sums_2, norm_scratch, dh, op.dy, op.s, parts.ln_2, op.statistics + 2 * N, N, C, m0, rows);
         products.rows(2, m0, rows);
       });
-    }
+    });
     AttentionBwd attention = attention_of<AttentionBwd>(op);
     attention.do_ = d_o, attention.stride_dob = op.T * C, attention.stride_dot = C, attention.stride_doh = op.D;
     attention.dq = dqkv, attention.dk = dqkv + C, attention.dv = dqkv + 2 * C, attention.delta = delta;
@@ -239,21 +239,21 @@ void backward_of(const Gpt2BlocksBwd& op, int threads) {
     attention.stride_dqb = attention.stride_dkb = attention.stride_dvb = op.T * 3 * C;
     attention.stride_dqh = attention.stride_dkh = attention.stride_dvh = op.D;
     attention_bwd(attention, threads);
-#pragma omp parallel num_threads(threads)
-    for_rows(N, op.cut_rows, [&](int64_t m0, int64_t rows) {
-      products.rows(3, m0, rows);
-      norm_backward(op.dx, sums_1, norm_scratch, dh, ds, op.x, parts.ln_1, op.statistics, N, C, m0, rows);
+    in_team(threads, blocks, [&](Team&) {
+      for_rows(N, op.cut_rows, [&](int64_t m0, int64_t rows) {
+        products.rows(3, m0, rows);
+        norm_backward(op.dx, sums_1, norm_scratch, dh, ds, op.x, parts.ln_1, op.statistics, N, C, m0, rows);
+      });
     });
   }
   add_up(d_ln_1, sums_1, blocks, 2 * C);
   add_up(d_ln_2, sums_2, blocks, 2 * C);
   const Packed products{gradient(d_down, op.g, op.dy, parts.down, N), gradient(d_up, op.h2, du, parts.up, N),
                         gradient(d_qkv, op.h1, dqkv, parts.qkv, N), gradient(d_proj, op.o, ds, parts.proj, N)};
-#pragma omp parallel num_threads(threads)
-  {
-    products.pack({d_down + F * C, d_up + C * F, d_qkv + 3 * C * C, d_proj + C * C});
+  in_team(threads, 2 * threads, [&](Team& team) {
+    products.pack(team, {d_down + F * C, d_up + C * F, d_qkv + 3 * C * C, d_proj + C * C});
     products.transposed(op.cut_columns);
-  }
+  });
 }
 
 // The tensors of block l alone; those that are a block's in and out are the caller's to set.

@@ -19,6 +19,7 @@
 #include "normalise.h"
 #include "paged.h"
 #include "products/cut.h"
+#include "team.h"
 
 namespace fastlm::cpu::FASTLM_ISA {
 namespace {
@@ -87,7 +88,7 @@ class Step {
     float* logits = scattered ? apart.data() : op_.logits;
 
     if (!some_tiled_) {  // one region: its start would show in every token
-      in_team([&](Walk& walk) {
+      in_phases([&](Walk& walk) {
         embed(walk);
         for (int64_t layer = 0; layer < op_.L; layer++) {
           attend(walk, layer);
@@ -96,13 +97,13 @@ class Step {
         head(walk, logits);
       });
     } else {  // the tiled attention has a team of its own
-      in_team([&](Walk& walk) { embed(walk); });
+      in_phases([&](Walk& walk) { embed(walk); });
       for (int64_t layer = 0; layer < op_.L; layer++) {
-        in_team([&](Walk& walk) { attend(walk, layer); });
+        in_phases([&](Walk& walk) { attend(walk, layer); });
         attend_to_prompts();
-        in_team([&](Walk& walk) { after_attention(walk, layer); });
+        in_phases([&](Walk& walk) { after_attention(walk, layer); });
       }
-      in_team([&](Walk& walk) { head(walk, logits); });
+      in_phases([&](Walk& walk) { head(walk, logits); });
     }
     for (int64_t e = 0; e < (scattered ? E_ : 0); e++)
       std::copy_n(logits + e * Vp_, Vp_, op_.logits + places_[e] * Vp_);
@@ -124,15 +125,14 @@ class Step {
   };
 
   template <class Body>
-  void in_team(Body&& body) {
+  void in_phases(Body&& body) {
     const int64_t done = phases_done_;
-#pragma omp parallel num_threads(threads_)
-    {
+    in_team(threads_, 2 * threads_, [&](Team&) {
       Walk walk(phases_, omp_get_thread_num(), done);
       body(walk);
 #pragma omp single nowait
       phases_done_ = walk.phase();
-    }
+    });
   }
 
   // A thread's scratch: a row of activations, then a query and its sum.

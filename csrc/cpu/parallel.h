@@ -1,10 +1,10 @@
 // Splits work over an OpenMP team whose size the caller states: torch's own, so that one pool serves both.
 #pragma once
 
-#include <omp.h>
-
 #include <algorithm>
 #include <cstdint>
+
+#include "team.h"
 
 namespace fastlm::cpu {
 
@@ -21,8 +21,10 @@ void for_each(int64_t n, int64_t cost, int threads, Body&& body) {
     return;
   }
   const int64_t together = std::clamp(kTogether / std::max(cost, int64_t(1)), int64_t(1), 1 + (n - 1) / (4 * threads));
-#pragma omp parallel for num_threads(threads) schedule(dynamic, together)
-  for (int64_t i = 0; i < n; i++) body(i);
+  in_team(threads, n / together, [&](Team&) {
+#pragma omp for schedule(dynamic, together) nowait
+    for (int64_t i = 0; i < n; i++) body(i);
+  });
 }
 
 }  // namespace fastlm::cpu
