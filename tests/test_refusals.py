@@ -531,7 +531,7 @@ def test_doctor_tells_what_ran_each_part(half, few, monkeypatch):
 
 @pytest.mark.parametrize("kind", PLANTS)
 def test_profile_and_explain_fail_with_one_line(kind, plant, monkeypatch, capsys, tmp_path):
-    told = plant(kind, "grad_norm").replace("NaN", "the loss is nan after 2 steps")
+    told = plant(kind, "grad_norm").replace("NaN", "the gradient's norm is nan after 2 steps")
     with fastlm.use("torch"):
         code, out = main(monkeypatch, capsys, "profile", "train", "--shape", "B=1,T=8,L=1,H=2,C=32,V=97", "--device",
                          "cpu", "--steps", "1", "--out", tmp_path / "t.json")
