@@ -118,6 +118,14 @@ def _config(C, size, capability):
     return block, warps, size == 4, max(32 // warps, 1)
 
 
+def _registers(C, ahead):
+    """With more, which ptxas may take for a row ahead, a multiprocessor would hold half as many programs.
+
+    Rows that are read 2 bytes at a time need more of them.
+    """
+    return {"maxnreg": 64} if ahead and C % 8 == 0 else {}
+
+
 def _capability(x):
     return torch.cuda.get_device_capability(x.device) if x.is_cuda else None
 
@@ -160,7 +168,7 @@ def layer_norm_bwd(dy, ds, s, weight, mean, rstd, dtype, x_bias):
             _layer_norm_bwd_kernel[(programs,)](
                 dx, dresidual if dtype != s.dtype else None, partial, dy, ds, s, dy.stride(0),
                 0 if ds is None else ds.stride(0), s.stride(0), weight.contiguous(), mean, rstd, N,
-                C=C, BLOCK_C=block, AHEAD=ahead, X_BIAS=x_bias, num_warps=warps,
+                C=C, BLOCK_C=block, AHEAD=ahead, X_BIAS=x_bias, num_warps=warps, **_registers(C, ahead),
             )
     column_sums((dweight, dbias, dx_bias) if x_bias else (dweight, dbias), partial, capability)
     return dx, dresidual, dweight, dbias, dx_bias

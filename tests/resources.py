@@ -118,7 +118,8 @@ def layer_norm(capability):
         constants = {"C": C, "BLOCK_C": block, **(absent[kernel] if alone else {})}
         constants |= {"AHEAD": ahead, "X_BIAS": not alone} if kernel is bwd else {}
         kinds = {**(types if alone else wide), **(odd if C % 2 else {})}
-        yield f"C={C}{' alone' * alone}{' odd' * (C % 2)}", dtype, kernel, kinds, constants, {"num_warps": warps}
+        options = {"num_warps": warps, **(module._registers(C, ahead) if kernel is bwd else {})}
+        yield f"C={C}{' alone' * alone}{' odd' * (C % 2)}", dtype, kernel, kinds, constants, options
 
 
 def bias_gelu(capability):

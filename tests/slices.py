@@ -28,7 +28,7 @@ def planted(where, files):
 
 def cpu(files, others, seconds):
     """Bugs in csrc/cpu/<files>, found by the tests of `others`."""
-    shared = ("csrc/*.h csrc/cpu/simd.h csrc/cpu/simd/* csrc/cpu/halves.h csrc/cpu/isa* csrc/cpu/parallel.h "
+    shared = ("csrc/*.h csrc/cpu/simd.h csrc/cpu/simd/* csrc/cpu/halves.h csrc/cpu/isa* csrc/cpu/parallel.h csrc/cpu/team.h "
               "csrc/bindings.cpp csrc/declared.py tests/sanitized.py")
     own = " ".join(f"csrc/cpu/{name}.*" for name in files.split())
     names = " ".join(rf"{name}\.\w+" for name in files.split())
@@ -70,7 +70,7 @@ SLICES = {
                               "tests/test_layer_norm.py tests/test_bias_gelu.py tests/test_adamw.py "
                               "tests/test_grad_norm.py", 10),
     "triton resources": Slice("test_triton_resources.py", "kernels/*.py tests/resources.py benchmarks/machine_code.py "
-                              "benchmarks/prediction.py benchmarks/results/resources-triton*", 160),
+                              "benchmarks/prediction.py benchmarks/results/resources-triton*", 230),
     "cpu attention": cpu("attention", "csrc/cpu/products/cached.h tests/test_attention.py", 10),
     "cpu decode": cpu("decode_attention running simd cache_append draw",
                       "tests/test_decode_attention.py tests/test_cache_append.py", 10),
