@@ -8,12 +8,14 @@ the modules are what they are taken for, `sizes` whether they fit each other: el
 own, would be passed over without a word. Where none serves, the model calls block after block, and `tell` warns once.
 """
 
+import functools
 import threading
 import warnings
 from typing import NamedTuple
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from fastlm.backends.machine import machine_why_not
 from fastlm.dispatch.forcing import forced
@@ -238,15 +240,16 @@ def hidden(model, x, attends, seeds):
     if not any(attends) and whole_why_not(model, x) is None:
         fit, told = sizes(model)
         if told is None and (fit.C, fit.dtype) == (x.shape[-1], x.dtype):
-            return ln_f(_whole(fit, x))
+            return ln_f(_whole(model, fit, x))
         tell(model, "transformer.h")
     if not len(blocks) or why_not(model, "transformer.ln_f") is not None:
         return None
     added = bias = None
     given = x.dtype
     try:
+        call = calls(model)
         for block, attend, seed in zip(blocks, attends, seeds, strict=True):
-            x, added, bias = block.unadded(x, added, bias, attend, seed)
+            x, added, bias = call(block.unadded, x, added, bias, attend, seed)
         return ln_f(added, x, bias)[0]
     except (RuntimeError, TypeError) as error:
         fit, told = sizes(model)
@@ -273,9 +276,17 @@ def whole_why_not(model, x):
     return next((f"a backend is forced for {part}: the parts run" for part in PARTS if forced(part)), None)
 
 
-def _whole(fit, x):
-    many = max(1, AT_ONCE // (12 * fit.C**2))
+def calls(model):
+    """call(function, *args) as a model calls a block: with `recomputes` nothing of it is kept for a backward."""
+    if model.recomputes and torch.is_grad_enabled():
+        return functools.partial(checkpoint, use_reentrant=False)
+    return lambda function, *args: function(*args)
+
+
+def _whole(model, fit, x):
+    many, call = 1 if model.recomputes else max(1, AT_ONCE // (12 * fit.C**2)), calls(model)
+    run = functools.partial(gpt2_blocks, heads=fit.heads, epsilon=fit.epsilon)
     for first in range(0, len(fit.weights), many):
         weights = [weight for own in fit.weights[first : first + many] for weight in own]
-        x = gpt2_blocks(x, weights, heads=fit.heads, epsilon=fit.epsilon)
+        x = call(run, x, weights)
     return x

@@ -171,10 +171,14 @@ class GPT2(nn.Module):
 
     Parameter names and shapes are those of transformers' GPT2LMHeadModel. Unless the config says otherwise the head is
     tied: lm_head.weight is transformer.wte.weight. `quantised` is "int8" or "int4" where the weights are of that form
-    (fastlm.quantised).
+    (fastlm.quantised). `recomputes`: a backward computes what lies within a block again, a third more work, and keeps
+    what lies between blocks alone. `residual` is the dtype of the sums that go through the blocks, unless it is None
+    that of autocast: they take half the memory, and are rounded at every block.
     """
 
     quantised: str | None = None
+    recomputes: bool = False
+    residual: torch.dtype | None = None
 
     def __init__(self, config: GPT2Config):
         super().__init__()
@@ -231,10 +235,13 @@ class GPT2(nn.Module):
         wte = self.transformer.wte
         x = (wte(tokens, sparse=True) if sparse else wte(tokens)) + self.transformer.wpe(positions)
         x = F.dropout(x, self.config.embd_pdrop, self.training)
+        if self.residual is not None:
+            x = x.to(self.residual)
         if (fast := fast_path.hidden(self, x, attends, seeds)) is not None:
             return fast
+        call = fast_path.calls(self)
         for block, attend, seed in zip(blocks, attends, seeds, strict=True):
-            x = block(x, attend, seed)
+            x = call(block, x, attend, seed)
         return self.transformer.ln_f(x)
 
     def _masked(self, tokens, mask, positions, cache, **options):

@@ -28,8 +28,8 @@ def planted(where, files):
 
 def cpu(files, others, seconds):
     """Bugs in csrc/cpu/<files>, found by the tests of `others`."""
-    shared = ("csrc/*.h csrc/cpu/simd.h csrc/cpu/simd/* csrc/cpu/halves.h csrc/cpu/isa* csrc/cpu/parallel.h csrc/cpu/team.h "
-              "csrc/bindings.cpp csrc/declared.py tests/sanitized.py")
+    shared = ("csrc/*.h csrc/cpu/simd.h csrc/cpu/simd/* csrc/cpu/halves.h csrc/cpu/isa* csrc/cpu/parallel.h "
+              "csrc/cpu/team.h csrc/bindings.cpp csrc/declared.py tests/sanitized.py")
     own = " ".join(f"csrc/cpu/{name}.*" for name in files.split())
     names = " ".join(rf"{name}\.\w+" for name in files.split())
     return Slice(planted("cpu", names), f"{own} {others} {shared} tests/test_planted_layers.py", seconds)

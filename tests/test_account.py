@@ -136,7 +136,7 @@ def test_memory_is_counted_while_it_is_there():
 
 
 def test_a_tiny_step(tiny):
-    assert tiny.memory == 0 and len(tiny.waits) == 4
+    assert tiny.memory == 0 and len(tiny.waits) == 2
     rows = {key: row.launches for key, row in tiny.rows.items()}
     assert rows["layer_norm_fwd", "_layer_norm_fwd_kernel"] == 2 * L + 1
     assert rows["bias_gelu_bwd", "_bias_gelu_bwd_kernel"] == L
@@ -218,11 +218,11 @@ def test_124m_asks_for_60_gb(whole, tell):
     assert whole.peak <= 13.8 * 2**30 and rest.launches + products.launches <= 700
 
 
-def test_124m_waits_for_its_batch_and_its_two_numbers(whole):
-    """The batch goes to the GPU before the step; norm and loss are read together at its end."""
+def test_124m_waits_for_its_two_numbers(whole):
+    """Norm and loss are read together at the step's end."""
     names = [wait.split(" at ")[0] for wait in whole.waits]
-    assert names == ["_to_copy between devices"] * 2 + ["_local_scalar_dense"] * 2
-    assert [wait.split(", ")[-1] for wait in whole.waits] == ["forward"] * 2 + ["update"] * 2
+    assert names == ["_local_scalar_dense"] * 2
+    assert [wait.split(", ")[-1] for wait in whole.waits] == ["update"] * 2
 
 
 def test_124m_kernels_read_and_write_once(whole):
@@ -245,6 +245,6 @@ def test_the_command(tmp_path):
     shape = ",".join(f"{letter}={size}" for letter, size in TINY.items())
     done = CliRunner().invoke(app, ["explain", "step", "--shape", shape, "--json", str(out)], env={"COLUMNS": "150"})
     assert done.exit_code == 0, done.output
-    assert "layer_norm_bwd" in done.output and "the host waits 4 times" in done.output and out.exists()
+    assert "layer_norm_bwd" in done.output and "the host waits 2 times" in done.output and out.exists()
     for wrong, told in ((["--shape", "N=3"], "a step has no size N"), (["--dtype", "fp16"], "wanted fp32 or bf16")):
         assert told in str(CliRunner().invoke(app, ["explain", "step", *wrong]).exception)

@@ -156,7 +156,7 @@ LAYERS = {
     "dropout in generation": ("fastlm/generation/inference.py", "if function in _MODES:", "if False:",
                               "test_fast_path.py"),
     "another sample's operand": ("fastlm/dispatch/samples.py", "leaf.movedim(dim, 0)", "leaf", "test_functional.py"),
-    "a profiler that looks on": ("fastlm/dispatch/__init__.py", "or torch.autograd._profiler_enabled()) and",
+    "a profiler that looks on": ("fastlm/dispatch/__init__.py", "or _profiler_enabled()) and",
                                  ") and", "test_dispatch.py"),
     "a gradient's gradient left out": ("fastlm/ops/once.py", 'told = f"{op} is differentiable once: the gradient of '
                                        'its gradient was asked for"', "return run(*operands)", "test_functional.py"),

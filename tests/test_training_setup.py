@@ -18,6 +18,7 @@ from fastlm.training.curve import Curve
 from fastlm.training.metrics import read_metrics
 from fastlm.training.report import Terminal
 from fastlm.training.sample import Sample
+from fastlm.training.setup import find_dtype
 from fastlm.training.trainer import Trainer
 
 
@@ -336,3 +337,28 @@ def test_data_without_a_held_out_split_says_why_and_trains_where_asked(tmp_path,
         assert "step      3: training" in console.file.getvalue() and "held out" not in console.file.getvalue().split(
             "parameters")[1]
         assert (out / "loss.png").is_file() and Trainer.resume(out, steps=4).run()
+
+
+@pytest.mark.parametrize("asked, device, capability, found", [
+    ("auto", "cpu", None, "fp32"), ("auto", "cuda", (9, 0), "bf16"), ("auto", "cuda", (8, 0), "bf16"),
+    ("auto", "cuda", (7, 5), "fp32"), ("fp32", "cuda", (9, 0), "fp32"), ("bf16", "cpu", None, "bf16"),
+])
+def test_the_dtype_that_a_device_has(asked, device, capability, found, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    given = TrainConfig(data="x", out="y", dtype=asked)
+    assert find_dtype(given, torch.device(device)).dtype == found
+    narrow = TrainConfig(data="x", out="y", dtype=asked, residual="bf16")
+    if found == "bf16":
+        assert find_dtype(narrow, torch.device(device)).residual == "bf16"
+    else:
+        with pytest.raises(ValueError, match="residual is 'bf16', but the products are in fp32; set dtype=bf16 too"):
+            find_dtype(narrow, torch.device(device))
+
+
+def test_a_run_says_what_it_computes_in(text, tmp_path):
+    file = io.StringIO()
+    terminal = Terminal(Console(file=file, width=400))
+    Trainer(config(text, tmp_path / "run", device="cpu", steps=1, recompute=True), listeners=[terminal]).run()
+    told = "M parameters in fp32 on cpu, products in fp32, blocks computed again in the backward; "
+    assert told in file.getvalue()
+    assert json.loads((tmp_path / "run" / "train.json").read_text())["dtype"] == "fp32"

@@ -50,6 +50,28 @@ def test_a_step_without_a_finite_gradient_changes_nothing(text, tmp_path):
     assert math.isfinite(trainer.train_step()[0])
 
 
+def test_no_memory_is_told_with_what_takes_less(text, tmp_path, monkeypatch):
+    def fill(*args, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
+
+    for recompute, told in ((False, "micro_batch, which changes no result, or recompute=true"), (True, "result \\(")):
+        trainer = Trainer(config(text, tmp_path / f"run{recompute}", micro_batch=2, recompute=recompute))
+        monkeypatch.setattr(trainer.step, "_loss", fill)
+        with pytest.raises(RuntimeError, match=f"no memory for a step of 2 sequences of 16 tokens .*{told}") as found:
+            trainer.train_step()
+        assert "2.00 GiB" in str(found.value) and "\n" not in str(found.value)
+
+
+def test_blocks_computed_again_make_the_same_run(text, tmp_path):
+    found = []
+    for again in (False, True):
+        trainer = Trainer(config(text, tmp_path / str(again), recompute=again))
+        found.append(([trainer.train_step() for _ in range(3)], weights(trainer), trainer.state.model.recomputes))
+    (losses, wanted, plain), (same, held, again) = found
+    assert losses == same and (plain, again) == (False, True)
+    assert all(torch.equal(value, held[name]) for name, value in wanted.items())
+
+
 @pytest.mark.parametrize("dtype, fast, told", [("bf16", False, True), ("bf16", True, False), ("fp32", False, False)])
 def test_bf16_where_the_cpu_has_none(text, tmp_path, monkeypatch, dtype, fast, told):
     monkeypatch.setattr(step_module, "_multiplies_bf16", lambda: fast)

@@ -47,7 +47,7 @@ def _native():
         import fastlm._C as _C
     except ImportError as error:
         return f"the compiled kernels do not load ({error}): reinstall fastlm"
-    if not hasattr(_C.cpu, "ops"):
+    if not hasattr(_C.cpu, "dtypes"):
         return "the compiled kernels are of another version of fastlm: reinstall it"
     return None
 

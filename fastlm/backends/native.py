@@ -201,7 +201,7 @@ def _dropped(dropout, seed):
     return {"drop": drop, "seed": seed.contiguous() if drop else None}
 
 
-if _C is not None and hasattr(_C.cpu, "ops"):  # without: of another version
+if _C is not None and hasattr(_C.cpu, "dtypes"):  # without: of another version
     cpu = Launchers(_C.cpu, lambda device: {"threads": torch.get_num_threads()})
     if hasattr(_C, "cuda"):
         cuda = Launchers(

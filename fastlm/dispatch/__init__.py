@@ -11,6 +11,10 @@ from collections import Counter
 from contextlib import contextmanager
 
 import torch
+from torch import is_grad_enabled
+from torch._C import _are_functorch_transforms_active, _get_tracing_state, _len_torch_dispatch_stack
+from torch.autograd import _profiler_enabled
+from torch.compiler import is_compiling
 
 from fastlm.backends.machine import devices, machine_why_not
 from fastlm.dispatch import samples
@@ -50,15 +54,14 @@ def define(schema, *, family, kernels, order, key, limits, fake):
 
 def _unseen(args):
     """Whether an op is the same without torch's dispatcher: nothing traces, records or profiles it, or wraps args."""
-    return not (torch.compiler.is_compiling() or torch.is_grad_enabled() or torch._C._len_torch_dispatch_stack()
-                or torch._C._are_functorch_transforms_active() or torch._C._get_tracing_state() is not None
-                or torch.autograd._profiler_enabled()) and _PLAIN.issuperset(map(type, args))
+    return not (is_compiling() or is_grad_enabled() or _len_torch_dispatch_stack() or _are_functorch_transforms_active()
+                or _get_tracing_state() is not None or _profiler_enabled()) and _PLAIN.issuperset(map(type, args))
 
 
 def left_to_inductor(family, x):
     """Whether an op of pointwise parts is better given to torch.compile as those, to be fused with its neighbours: on a
     GPU, where no backend is forced."""
-    return torch.compiler.is_compiling() and is_gpu(x) and forced(family) is None
+    return is_compiling() and is_gpu(x) and forced(family) is None
 
 
 def is_gpu(x):

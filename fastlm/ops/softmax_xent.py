@@ -45,8 +45,10 @@ def softmax_xent(x, y, *, ignore=-100, reduction="mean", overwrite=False):
     loss = _SoftmaxXent.run(x, y, ignore)[0]
     if reduction == "none":
         return loss
+    if reduction == "mean" and count is not None:
+        return loss.mean()
     total = loss.sum()
-    return total if reduction == "sum" else total / ((y != ignore).sum() if count is None else count)
+    return total if reduction == "sum" else total / (y != ignore).sum()
 
 
 def check_labels(op, y, vocab, ignore):

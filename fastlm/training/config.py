@@ -70,7 +70,10 @@ class TrainConfig(BaseModel):
     weight_decay: float = Field(0.1, ge=0, lt=1)
     grad_clip: float = Field(1.0, gt=0, description="largest norm of the gradient")
 
-    dtype: Literal["fp32", "bf16"] = Field("fp32", description="of the products; weights are fp32")
+    dtype: Literal["auto", "fp32", "bf16"] = Field(
+        "auto", description="of the products; weights are fp32; auto: bf16 on a GPU that has it")
+    residual: Literal["fp32", "bf16"] = Field("fp32", description="of the sums through blocks; bf16 with dtype=bf16")
+    recompute: bool = Field(False, description="what lies in blocks, again in the backward: less memory, more time")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1 …")
     compile: bool = Field(False, description="torch.compile the model")
     seed: int = Field(1337, ge=0, lt=2**31)

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from fastlm.training.listener import Listener
+from fastlm.training.step import lacks
 
 
 class Terminal(Listener):
@@ -36,7 +37,12 @@ class Terminal(Listener):
     def started(self, trainer):
         parameters = sum(parameter.numel() for parameter in trainer.state.model.parameters())
         ran = ", ".join(f"{op} on {backend}" for op, backend in sorted(trainer.state.backends.items()))
-        self.say(f"{parameters / 1e6:.2f} M parameters on {trainer.device}; {ran}")
+        config, fast = trainer.config, trainer.state.model.residual is not None
+        dtype = "fp32" if lacks(config.dtype, trainer.device.type) else config.dtype
+        told = f"products in {dtype}{' without TF32' if dtype == 'fp32' and trainer.device.type == 'cuda' else ''}"
+        told += ", sums through the blocks in bf16" if fast else ""
+        told += ", blocks computed again in the backward" if config.recompute else ""
+        self.say(f"{parameters / 1e6:.2f} M parameters in fp32 on {trainer.device}, {told}; {ran}")
         self._open("training", trainer.config.steps, "loss {task.fields[loss]} · {task.fields[rate]} tokens/s")
         self._shown, self._shown_step = time.perf_counter(), trainer.state.step
 

@@ -32,6 +32,17 @@ def find_device(name):
     return device
 
 
+def find_dtype(config, device):
+    """The settings with dtype "fp32" or "bf16", as a device has it. ValueError for a residual that does not go with it.
+    """
+    dtype = config.dtype
+    if dtype == "auto":
+        dtype = "bf16" if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0) else "fp32"
+    if config.residual == "bf16" and dtype != "bf16":
+        raise ValueError(f"residual is 'bf16', but the products are in {dtype}; set dtype=bf16 too")
+    return config.model_copy(update={"dtype": dtype})
+
+
 def find_data(config, asked, tell, *, resumed=False):
     """(directory of shards, their Tokenizer): the directory given, or OUT/data made from the text given.
 

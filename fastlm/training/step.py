@@ -10,6 +10,7 @@ import math
 import torch
 
 from fastlm.measure.numerics import DTYPES
+from fastlm.training.batches import Batches
 from fastlm.training.optimizer import learning_rate
 
 
@@ -23,7 +24,8 @@ class Step:
     """
 
     def __init__(self, model, optimizer, loader, config):
-        self.model, self.optimizer, self.loader, self.config = model, optimizer, loader, config
+        self.model, self.optimizer, self.config = model, optimizer, config
+        self.batches = Batches(loader, config, next(model.parameters()).device)
         self._loss = torch.compile(model.loss) if config.compile else model.loss
 
     def __call__(self, number):
@@ -43,16 +45,13 @@ class Step:
 
     def _backward(self, number):
         """The mean loss () of the step's sequences, as a tensor; its gradient is left in the parameters."""
-        config, device, total = self.config, next(self.model.parameters()).device, 0.0
-        micro = config.micro_batch or config.batch_size
-        for first in range(0, config.batch_size, micro):
-            count = min(micro, config.batch_size - first)
-            tokens, targets, index = self.loader.batch(number, first, count)  # (count, T) each
-            seed = torch.tensor([config.seed, number, 0, index]) if config.dropout else None
-            tokens, targets, seed = (None if t is None else t.to(device) for t in (tokens, targets, seed))
+        config, total = self.config, 0.0
+        for first in range(0, config.batch_size, self.batches.micro):
+            tokens, targets, seed = self.batches(number, first)  # (count, T) each
+            count = len(tokens)
             scale = count / config.batch_size if count < config.batch_size else None  # all have as many targets
-            with autocast(config.dtype, device.type):
-                loss = self._loss(tokens, targets, seed=seed, scale=scale)
+            with autocast(config.dtype, self.batches.device.type):
+                loss = self._loss(tokens, targets, seed=seed if config.dropout else None, scale=scale)
             loss.backward()
             total = total + loss.detach()
         return total

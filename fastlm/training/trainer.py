@@ -24,7 +24,7 @@ from fastlm.training.config import TrainConfig
 from fastlm.training.listener import tell
 from fastlm.training.metrics import Metrics
 from fastlm.training.optimizer import AdamW, learning_rate
-from fastlm.training.setup import find_backends, find_data, find_device, find_loaders, make_model, settled
+from fastlm.training.setup import find_backends, find_data, find_device, find_dtype, find_loaders, make_model, settled
 from fastlm.training.state import State, generators
 from fastlm.training.step import Step, autocast, lacks
 
@@ -49,6 +49,7 @@ class Trainer:
         if taken and resumed is None and not into:
             raise ValueError(f"{self.out}: exists; go on with --resume, or pass another --out")
         self.device = find_device(config.device)
+        config = find_dtype(config, self.device)
         if lacks(config.dtype, self.device.type):
             self.tell("say", "this CPU has no bf16 products: they are made in fp32, which is far faster on it")
         again = resumed is not None
@@ -60,6 +61,9 @@ class Trainer:
         torch.manual_seed(config.seed)
         model = make_model(config, self.tokenizer, asked=asked, resumed=resumed).to(self.device)
         self.config = config = settled(config, model, data)
+        model.recomputes = config.recompute
+        if config.residual == "bf16" and not lacks(config.dtype, self.device.type):
+            model.residual = torch.bfloat16
         for loader in filter(None, (self.train_data, self.val_data)):
             loader.vocab_size = min(loader.vocab_size, model.config.vocab_size)
         self.state = State(model, AdamW(model, config), generators(self.device))
@@ -138,7 +142,10 @@ class Trainer:
 
     def train_step(self):
         """Takes the next step; (loss, gradient norm) as floats. RuntimeError where too many in a row were skipped."""
-        loss, norm, taken = self.step(self.state.step)
+        try:
+            loss, norm, taken = self.step(self.state.step)
+        except torch.OutOfMemoryError as error:
+            raise RuntimeError(self._no_memory(error)) from error
         self.state.count(loss, taken)
         step = self.state.step
         if not taken:
@@ -149,6 +156,12 @@ class Trainer:
                 f"or use dtype=fp32. The weights of the last checkpoint in {self.out} are good"
             )
         return loss, norm
+
+    def _no_memory(self, error):
+        config, told = self.config, str(error).splitlines()[0]
+        less = "" if config.recompute else ", or recompute=true, which keeps what lies between blocks alone"
+        return (f"{self.device} has no memory for a step of {config.micro_batch or config.batch_size} sequences of "
+                f"{config.sequence_length} tokens at a time: lower micro_batch, which changes no result{less} ({told})")
 
     def evaluate(self):
         """The mean loss over the val split, or eval_tokens of it, every target counted once, in nats per token; None
