@@ -240,20 +240,22 @@ def hidden(model, x, attends, seeds):
     if not any(attends) and whole_why_not(model, x) is None:
         fit, told = sizes(model)
         if told is None and (fit.C, fit.dtype) == (x.shape[-1], x.dtype):
-            return ln_f(_whole(model, fit, x))
+            return ln_f(_whole(fit, x, calls(model, attends)))
         tell(model, "transformer.h")
     if not len(blocks) or why_not(model, "transformer.ln_f") is not None:
         return None
     added = bias = None
     given = x.dtype
     try:
-        call = calls(model)
+        call = calls(model, attends)
         for block, attend, seed in zip(blocks, attends, seeds, strict=True):
             x, added, bias = call(block.unadded, x, added, bias, attend, seed)
         return ln_f(added, x, bias)[0]
+    except torch.OutOfMemoryError:
+        raise
     except (RuntimeError, TypeError) as error:
         fit, told = sizes(model)
-        if told is None and fit.dtype == given:
+        if told is None and given in (fit.dtype, model.residual):
             raise
         told = told or f"the blocks are {fit.dtype}, what comes from the embeddings is {given}"
         raise ValueError(f"GPT2: {told}") from error  # torch's words name no module
@@ -276,15 +278,23 @@ def whole_why_not(model, x):
     return next((f"a backend is forced for {part}: the parts run" for part in PARTS if forced(part)), None)
 
 
-def calls(model):
-    """call(function, *args) as a model calls a block: with `recomputes` nothing of it is kept for a backward."""
-    if model.recomputes and torch.is_grad_enabled():
+def calls(model, attends):
+    """call(function, *args) as a model calls a block: with `recomputes` nothing of it is kept for a backward.
+
+    But where attends, a cache's, change it, and under torch.func, which takes no checkpoint.
+    """
+    plain = any(attends) or torch._C._are_functorch_transforms_active()
+    if model.recomputes and torch.is_grad_enabled() and not plain:
         return functools.partial(checkpoint, use_reentrant=False)
-    return lambda function, *args: function(*args)
+    return _call
 
 
-def _whole(model, fit, x):
-    many, call = 1 if model.recomputes else max(1, AT_ONCE // (12 * fit.C**2)), calls(model)
+def _call(function, *args):
+    return function(*args)
+
+
+def _whole(fit, x, call):
+    many = max(1, AT_ONCE // (12 * fit.C**2)) if call is _call else 1
     run = functools.partial(gpt2_blocks, heads=fit.heads, epsilon=fit.epsilon)
     for first in range(0, len(fit.weights), many):
         weights = [weight for own in fit.weights[first : first + many] for weight in own]

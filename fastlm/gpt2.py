@@ -116,8 +116,9 @@ class MLP(nn.Module):
 
 def _unbiased(part, x):
     """(y, bias) of a part's plain c_proj, whose sum is what the part returns; a dropout takes both."""
-    if part.training and part.residual_dropout:
-        return F.dropout(part.c_proj(x), part.residual_dropout), None
+    bias, dropout = part.c_proj.bias, part.residual_dropout if part.training else 0
+    if dropout or bias is None or bias.dim() != 1:
+        return F.dropout(part.c_proj(x), dropout), None
     return part.c_proj(x, bias=False), part.c_proj.bias
 
 
@@ -172,8 +173,8 @@ class GPT2(nn.Module):
     Parameter names and shapes are those of transformers' GPT2LMHeadModel. Unless the config says otherwise the head is
     tied: lm_head.weight is transformer.wte.weight. `quantised` is "int8" or "int4" where the weights are of that form
     (fastlm.quantised). `recomputes`: a backward computes what lies within a block again, a third more work, and keeps
-    what lies between blocks alone. `residual` is the dtype of the sums that go through the blocks, unless it is None
-    that of autocast: they take half the memory, and are rounded at every block.
+    what lies between blocks alone. `residual` is the dtype that the sums which go through the blocks have under
+    autocast, unless it is None: in bf16 they take half the memory, and are rounded at every block.
     """
 
     quantised: str | None = None
@@ -235,11 +236,11 @@ class GPT2(nn.Module):
         wte = self.transformer.wte
         x = (wte(tokens, sparse=True) if sparse else wte(tokens)) + self.transformer.wpe(positions)
         x = F.dropout(x, self.config.embd_pdrop, self.training)
-        if self.residual is not None:
+        if self.residual is not None and torch.is_autocast_enabled(x.device.type):
             x = x.to(self.residual)
         if (fast := fast_path.hidden(self, x, attends, seeds)) is not None:
             return fast
-        call = fast_path.calls(self)
+        call = fast_path.calls(self, attends)
         for block, attend, seed in zip(blocks, attends, seeds, strict=True):
             x = call(block, x, attend, seed)
         return self.transformer.ln_f(x)

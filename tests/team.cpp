@@ -36,7 +36,7 @@ int main() {
     counted += team.threads();
   });
   std::printf("alone %d, ", counted);
-  rest(50 * kAlone + 200);
+  rest(kLongest / 1'000'000 * kAlone + 200);
   tell("tried again");
   region(100, 50, 50, at_end);
   tell("even");

@@ -61,6 +61,16 @@ def test_far_from_zero_it_is_the_line_or_zero(backend):
     assert y.tolist() == [[0, 0, 0, *x[0, 3:].tolist()]] and x.grad.tolist() == [[0, 0, 0, 1, 1, 1]], backend
 
 
+@pytest.mark.parametrize("grad", [False, True])
+def test_what_is_negative_by_a_mark_alone(backend, grad):
+    """torch keeps the imaginary part of a conjugate as numbers that are to be negated."""
+    z = torch.complex(torch.zeros(3, 1), torch.tensor([[1.0], [-2.0], [3.0]])).to(DEVICE)
+    x, bias = z.conj().imag, torch.zeros(1, device=DEVICE)
+    assert x.is_neg()
+    with torch.set_grad_enabled(grad):
+        torch.testing.assert_close(fastlm.bias_gelu(x, bias), fastlm.bias_gelu(x.clone(), bias))
+
+
 def test_nan_stays_where_it_is(backend):
     x = torch.zeros(2, 40, device=DEVICE)
     x[1, 3] = float("nan")

@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import DEVICE
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastlm
@@ -131,6 +132,16 @@ class Seen(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+class Asked(TorchFunctionMode):
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        self.names.append(getattr(func, "_opname", None))
+        return func(*args, **(kwargs or {}))
+
+
 class Named(torch.Tensor):
     """A subclass that is told of what it is given to."""
 
@@ -165,6 +176,9 @@ def test_what_looks_on_sees_the_ops():
     assert {f"fastlm::{name}" for name in both} <= told
     with torch.no_grad():
         assert "fastlm::grad_norm" in str(torch.jit.trace(fastlm.grad_norm, (x.flatten(),), check_trace=False).graph)
+    with torch.no_grad(), Asked() as mode:
+        fastlm.grad_norm(x.flatten())
+    assert "grad_norm" in mode.names
     with torch.no_grad(), FakeTensorMode() as fake:
         assert a_call(fake.from_tensor(x), fake.from_tensor(weight)).shape == (3, 4)
     with torch.no_grad():

@@ -611,3 +611,17 @@ def test_evaluation_is_this_threads_alone():
         a, b = (F.scaled_dot_product_attention(q, q, q, dropout_p=0.5) for _ in range(2))
         assert torch.equal(a, b)
     assert (found[0] == 0).any() and (F.dropout(x, 0.5, True) == 0).any()
+
+
+@pytest.mark.filterwarnings("ignore:fastlm")
+def test_a_bias_that_cannot_ride_is_added_as_before():
+    """One of another shape, which a product takes; none is refused, as the modules refuse it."""
+    model, tokens = make(), torch.randint(300, (2, 9))
+    with fastlm.use(attention="torch"):
+        wanted = model.loss(tokens, tokens)
+        held = model.transformer.h[0].mlp.c_proj
+        held.bias = torch.nn.Parameter(held.bias.detach()[None])
+        torch.testing.assert_close(model.loss(tokens, tokens), wanted)
+        held.bias = None
+        with pytest.raises((TypeError, ValueError)):
+            model.loss(tokens, tokens)

@@ -156,8 +156,8 @@ LAYERS = {
     "dropout in generation": ("fastlm/generation/inference.py", "if function in _MODES:", "if False:",
                               "test_fast_path.py"),
     "another sample's operand": ("fastlm/dispatch/samples.py", "leaf.movedim(dim, 0)", "leaf", "test_functional.py"),
-    "a profiler that looks on": ("fastlm/dispatch/__init__.py", "or _profiler_enabled()) and",
-                                 ") and", "test_dispatch.py"),
+    "a profiler that looks on": ("fastlm/dispatch/__init__.py", "or _profiler_enabled()\n",
+                                 "\n", "test_dispatch.py"),
     "a gradient's gradient left out": ("fastlm/ops/once.py", 'told = f"{op} is differentiable once: the gradient of '
                                        'its gradient was asked for"', "return run(*operands)", "test_functional.py"),
     "a replaced layer's bias twice": ("fastlm/gpt2.py", "if fast_path.is_plain(self.c_fc, Conv1D) and",

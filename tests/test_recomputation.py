@@ -8,6 +8,7 @@ from torch.utils._pytree import tree_leaves
 
 import fastlm
 from fastlm import dispatch
+from fastlm.generation import KVCache
 
 SIZES = {"vocab_size": 61, "n_positions": 24, "n_embd": 32, "n_layer": 3, "n_head": 2}
 WAYS = ("whole blocks", "sums in norms", "modules", "autocast")
@@ -110,3 +111,41 @@ def test_sums_in_bf16():
     assert all(gradient.dtype == torch.float32 and gradient.isfinite().all() for gradient in gradients.values())
     again, same, _ = step("autocast", True, residual=torch.bfloat16)
     assert torch.equal(again, narrow) and all(torch.equal(same[name], gradients[name]) for name in same)
+
+
+def test_sums_in_bf16_are_those_of_autocast_alone():
+    exact, _, _ = step("sums in norms", False)
+    assert torch.equal(step("sums in norms", False, residual=torch.bfloat16)[0], exact)
+    model = fastlm.GPT2(fastlm.GPT2Config(**SIZES)).to(DEVICE).eval()
+    wanted = model.generate([[1, 2, 3]], max_new_tokens=5, temperature=0)
+    model.residual = torch.bfloat16
+    with fastlm.use(decode_attention="torch"):  # the modules, not the engine
+        found = model.generate([[1, 2, 3]], max_new_tokens=5, temperature=0)
+    assert found[0].tolist() == wanted[0].tolist()
+
+
+def test_no_memory_is_told_as_that(monkeypatch):
+    def fill(*args, **options):
+        raise torch.OutOfMemoryError("no memory")
+
+    monkeypatch.setattr("fastlm.gpt2.attention_qkv", fill)
+    for residual in (None, torch.bfloat16):
+        with pytest.raises(torch.OutOfMemoryError):
+            step("autocast", False, residual=residual)
+
+
+def test_torch_func_and_a_cache_know_no_recomputation():
+    torch.manual_seed(0)
+    model, tokens = fastlm.GPT2(fastlm.GPT2Config(**SIZES)).to(DEVICE).eval(), torch.randint(61, (1, 6), device=DEVICE)
+    weights, found = dict(model.named_parameters()), []
+
+    def loss(given):
+        return torch.func.functional_call(model, given, (tokens, tokens))[1]
+
+    for model.recomputes in (False, True):
+        cache = KVCache(model.config, 1, 12, device=DEVICE, dtype=torch.float32)
+        positions = cache.begin(torch.full((1,), 6, dtype=torch.int32, device=DEVICE), 6)
+        model.hidden(tokens, positions=positions, cache=cache).sum()
+        cache.end()
+        found.append(torch.func.grad(loss)(weights)["transformer.wpe.weight"])
+    assert torch.equal(*found)

@@ -262,6 +262,17 @@ def test_fp16_gradients_of_many_rows_are_not_lost_when_overwritten(backend):
     assert loss.isnan() and (torch.autograd.grad(loss, logits)[0] == 0).all()
 
 
+def test_the_default_device_is_no_part_of_it():
+    found = []
+    for device in (DEVICE, "meta"):
+        x = torch.arange(20.0, device=DEVICE).view(4, 5).requires_grad_()
+        y = torch.tensor([0, 1, 2, 3], device=DEVICE)
+        with torch.device(device):
+            loss = fastlm.softmax_xent(x * 1, y, overwrite=True)
+        found.append((loss.detach(), *torch.autograd.grad(loss, x)))
+    assert all(torch.equal(one, other) for one, other in zip(*found))
+
+
 def test_logits_that_somebody_else_needs_are_not_overwritten_silently():
     x = torch.randn(3, 5, requires_grad=True)
     logits = x * 2

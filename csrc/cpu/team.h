@@ -8,6 +8,7 @@
 
 #include <omp.h>
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <cstdint>
@@ -16,10 +17,13 @@ namespace fastlm::cpu {
 
 constexpr int64_t kLongWait = 500'000;  // ns; what is shorter may be the last piece of the work
 constexpr int64_t kAlone = 20;          // times as long as was waited, so that trying again costs a twentieth
+constexpr int64_t kLongest = 20'000'000;  // ns that count: the process itself may have been stopped
 
 inline std::atomic<int64_t> alone_until{0};  // ns of the steady clock
 
-inline int64_t now() {
+namespace {  // each instruction set has its own
+
+int64_t now() {
   return std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now().time_since_epoch()).count();
 }
 
@@ -35,7 +39,7 @@ class Team {
     if (threads_ <= 1 || !shared_) return;
     const int64_t end = now(), waited = waited_ + end - left_, busy = end - begun_ - waited;
     if (waited > kLongWait && 2 * (end - begun_) > 3 * threads_ * busy)
-      alone_until.store(end + kAlone * waited, std::memory_order_relaxed);
+      alone_until.store(end + kAlone * std::min(waited, kLongest), std::memory_order_relaxed);
   }
 
   int threads() const { return threads_; }
@@ -59,6 +63,8 @@ class Team {
   const bool shared_;
   int64_t waited_ = 0, left_ = 0;
 };
+
+}  // namespace
 
 // body(team) by each thread.
 template <class Body>

@@ -129,12 +129,15 @@ def _step(shape, dtype, json):
     from rich.console import Console
     from rich.table import Table
 
+    from fastlm.backends.machine import TRITON
     from fastlm.benchmarks import account
     from fastlm.cli.bench import sizes_of
     from fastlm.measure.files import write_json
 
     if dtype not in ("fp32", "bf16"):
         raise ValueError(f"--dtype is {dtype!r}, wanted fp32 or bf16")
+    if not TRITON:
+        raise ValueError("triton is not installed, whose kernels a step on a GPU runs: pip install triton")
     sizes = account.sizes_of(sizes_of(shape))
     found, console = account.step(sizes, dtype), Console()
     told = " ".join(f"{letter}={size}" for letter, size in sizes.items())

@@ -12,7 +12,12 @@ from contextlib import contextmanager
 
 import torch
 from torch import is_grad_enabled
-from torch._C import _are_functorch_transforms_active, _get_tracing_state, _len_torch_dispatch_stack
+from torch._C import (
+    _are_functorch_transforms_active,
+    _get_tracing_state,
+    _is_torch_function_mode_enabled,
+    _len_torch_dispatch_stack,
+)
 from torch.autograd import _profiler_enabled
 from torch.compiler import is_compiling
 
@@ -54,8 +59,9 @@ def define(schema, *, family, kernels, order, key, limits, fake):
 
 def _unseen(args):
     """Whether an op is the same without torch's dispatcher: nothing traces, records or profiles it, or wraps args."""
-    return not (is_compiling() or is_grad_enabled() or _len_torch_dispatch_stack() or _are_functorch_transforms_active()
-                or _get_tracing_state() is not None or _profiler_enabled()) and _PLAIN.issuperset(map(type, args))
+    return not (is_compiling() or is_grad_enabled() or _len_torch_dispatch_stack() or _is_torch_function_mode_enabled()
+                or _are_functorch_transforms_active() or _get_tracing_state() is not None or _profiler_enabled()
+                ) and _PLAIN.issuperset(map(type, args))
 
 
 def left_to_inductor(family, x):

@@ -81,8 +81,9 @@ def gradient(op, run, *operands):
 
 
 def _alive(args):
-    """args, of which tensors that a transform which is over has wrapped are unwrapped, as Function.apply does."""
-    return [unwrap_if_dead(x) if isinstance(x, torch.Tensor) else x for x in args]
+    """args as their numbers lie in memory: tensors that a transform which is over has wrapped unwrapped, as
+    Function.apply does, and what is negative by a mark alone negated."""
+    return [unwrap_if_dead(x).resolve_neg() if isinstance(x, torch.Tensor) else x for x in args]
 
 
 def without_gradient(told, run, *operands):

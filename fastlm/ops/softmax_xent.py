@@ -101,7 +101,7 @@ class _Overwriting(Bare):
 
     @staticmethod
     def forward(ctx, x, y, ignore, mean, count):
-        count = (y != ignore).sum() if count is None else torch.tensor(count)
+        count = (y != ignore).sum() if count is None else torch.tensor(count, device=x.device)
         share = (1 / count if mean else torch.ones((), device=x.device)).to(torch.promote_types(x.dtype, torch.float32))
         late = mean and x.dtype == torch.float16  # N times smaller, most would be below fp16's smallest numbers
         dloss = torch.ones_like(share) if late else share

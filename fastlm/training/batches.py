@@ -53,7 +53,7 @@ class Batches:
         given = buffer.tokens[:count], buffer.targets[:count], buffer.seed
         found = [tensor.to(self.device, non_blocking=True, copy=True) for tensor in given]
         if buffer.copied is not None:
-            buffer.copied.record()
+            buffer.copied.record(torch.cuda.current_stream(self.device))
         if (following := self._following(number, first)) is not None:
             self._next = following, self._thread.submit(self._fill, self._buffers[1], following)
         return found
