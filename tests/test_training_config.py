@@ -47,3 +47,12 @@ def test_bad_toml(tmp_path):
     (tmp_path / "run.toml").write_text("steps = = 3")
     with pytest.raises(ValueError, match="no valid TOML"):
         read_settings(file=tmp_path / "run.toml")
+
+
+def test_the_gpt2_presets_micro_batch_fills_the_waves_of_a_large_gpu():
+    """The last wave too, of products of C columns in tiles of 128 × 256; 12 sequences would leave 27 % of them idle."""
+    preset = PRESETS["gpt2"]
+    rows = preset["micro_batch"] * preset["sequence_length"]
+    tiles = -(-rows // 128) * -(-preset["n_embd"] // 256)
+    waves = -(-tiles // 132)
+    assert tiles > 0.95 * 132 * waves and preset["batch_size"] % preset["micro_batch"] == 0

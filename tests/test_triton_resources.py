@@ -221,8 +221,8 @@ def test_how_a_preset_fills_a_gpu():
 
     done = CliRunner().invoke(app, ["explain", "preset", "gpt2"])
     told = " ".join(done.output.split())
-    # 12 · 1024 rows and 3 · 768 columns in tiles of 128 × 256; of bf16 12288 · (768 + 2304) + 768 · 2304 numbers
-    assert "product qkv 864 tiles 6.55 waves, 6% idle 79.0 MB 1.58 × 1.32 ×" in told, done.output
+    # 16 · 1024 rows and 3 · 768 columns in tiles of 128 × 256; of bf16 16384 · (768 + 2304) + 768 · 2304 numbers
+    assert "product qkv 1,152 tiles 8.73 waves, 3% idle 104.2 MB 2.08 × 1.74 ×" in told, done.output
     assert "product head, a chunk, dw 1,179 tiles 8.93 waves" in told
     assert "kernels are left out: Triton is interpreted here" in told
     wrong = CliRunner().invoke(app, ["explain", "preset", "gpt9"])
