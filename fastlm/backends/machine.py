@@ -1,6 +1,5 @@
 """The backends an op can run on, and whether this machine has them; and whether its torch is one of those tested."""
 
-import functools
 import importlib.util
 import os
 import re
@@ -24,6 +23,18 @@ def _is_here(module):
 NATIVE, TRITON = _is_here("fastlm._C"), _is_here("triton")
 
 
+def _asked_once(question):
+    """The question, answered once; as functools.cache, which is a warning where torch.compile traces it."""
+    answers = []
+
+    def answer():
+        if not answers:
+            answers.append(question())
+        return answers[0]
+
+    return answer
+
+
 def untested_torch():
     """None where torch is of a release that fastlm is tested with, else a sentence."""
     release = tuple(int(number) for number in torch.__version__.split(".")[:2])
@@ -38,7 +49,7 @@ if (told := untested_torch()) is not None:
     warnings.warn(told, stacklevel=2)
 
 
-@functools.cache
+@_asked_once
 def _native():
     """None where the compiled module loads, else the sentence why not."""
     if not NATIVE:
@@ -52,7 +63,7 @@ def _native():
     return None
 
 
-@functools.cache
+@_asked_once
 def _no_gpu():
     return None if torch.cuda.is_available() else "this machine has no CUDA GPU that torch can use"
 
@@ -91,7 +102,7 @@ def _no_code(architectures, capability):
             "builds it")
 
 
-@functools.cache
+@_asked_once
 def _triton():
     if not TRITON:
         return "triton is not installed"
