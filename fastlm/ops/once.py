@@ -33,7 +33,7 @@ class Once(torch.autograd.Function):
     def __init_subclass__(cls):
         if cls.functional is None:
             cls.bare = cls.bare or _bare(cls)
-            cls.applied = super(torch.autograd.Function, cls.bare).apply
+            cls.applied = super(torch.autograd.Function, cls.bare).apply  # without its questions: `run` has asked them
             cls.functional = type(cls)(cls.__name__, (cls,), {
                 "functional": True, "jvp": classmethod(Bare.jvp.__func__),
                 "generate_vmap_rule": True})  # of ops of ours alone, which dispatch.samples batches

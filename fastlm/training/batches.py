@@ -19,7 +19,7 @@ class Batches:
     """(tokens, targets, seed) of a loader's micro-batches on a device; seed (4,) names a step's dropout.
 
     ahead: a thread reads into one of two buffers while what lies in the other is computed with, and the host waits for
-    no copy; so it is for a GPU unless told. The thread allocates nothing, which would end the capture of a CUDA graph.
+    no copy; so it is for a GPU unless told. The thread pins no memory, which would end the capture of a CUDA graph.
     What it raises is raised where its batch is asked for.
     """
 
@@ -28,7 +28,8 @@ class Batches:
     def __init__(self, loader, config, device, *, ahead=None):
         self.loader, self.config, self.device = loader, config, device
         self.micro = min(config.micro_batch or config.batch_size, config.batch_size)
-        self._next = self._buffers = None  # (place, future) of the batch that is read ahead; one is in use
+        self._next = None, None  # place and future of the batch that is read ahead
+        self._buffers = None  # the one that is in use, and the next one's
         if device.type == "cuda" if ahead is None else ahead:
             self._buffers = [self._buffer() for _ in range(2)]
             self._thread = ThreadPoolExecutor(1, "batches")
@@ -39,15 +40,10 @@ class Batches:
         if self._buffers is None:
             tokens, targets, index = self.loader.batch(*place, self._count(first))
             return *(tensor.to(self.device) for tensor in (tokens, targets)), self._seed(number, index).to(self.device)
-        ahead, self._next = self._next, None
+        (expected, future), self._next = self._next, (None, None)
         self._buffers.reverse()
         buffer, count = self._buffers[0], self._count(first)
-        if ahead is not None:
-            expected, future = ahead
-            if expected != place:  # another step than the next: what was read is not what is wanted
-                future.exception()
-                ahead = None
-        if ahead is None:
+        if expected != place:  # the first, or another than the next: its one thread has read that by then
             future = self._thread.submit(self._fill, buffer, place)
         future.result()
         given = buffer.tokens[:count], buffer.targets[:count], buffer.seed
