@@ -81,7 +81,7 @@ SLICES = {
     "cpu blocks": cpu("gpt2_blocks products/blocked", "tests/test_gpt2_blocks.py", 10),
     "cpu engine": cpu("gpt2_step checksum normalise paged products/packed products/cut products/tiles products/bytes "
                       "products/f32 products/bf16 products/int8 products/int4", "csrc/cpu/phases.h csrc/cpu/heap.h "
-                      "tests/test_engine.py tests/test_fast_path.py", 40),
+                      "tests/test_engine.py tests/test_generation_state.py", 40),
     "cpu none": Slice("test_no_(cpu_bug|bug_in_a_layer)", "tests/test_planted_layers.py", 10),
     **{f"sanitizers {isa}": Slice(rf"test_cpu_kernels\[{isa}\]", f"csrc/cpu/* csrc/cpu/*/* csrc/*.h {SANITIZED}", 60)
        for isa in ("generic", "avx2", "avx512", "avx512bf16")},

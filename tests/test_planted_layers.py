@@ -108,7 +108,7 @@ CPU = {
 }
 
 HOMES = {  # the tests of what is no op
-    "gpt2_step": "engine", "draw": "engine", "products": "engine", "checksum": "fast_path",
+    "gpt2_step": "engine", "draw": "engine", "products": "engine", "checksum": "generation_state",
 }
 HEADERS = {  # and the sources that are compiled with it
     "running.h": ["decode_attention"], "gelu.h": ["bias_gelu"], "columns.h": ["bias_gelu"],
@@ -150,11 +150,12 @@ LAYERS = {
                                    "elif self.training and self.config.attn_pdrop:", "test_changed_models.py"),
     "another class's place": ("fastlm/fast_path.py", "if type(module) is not kind:", "if type(module) not in _PLAIN:",
                               "test_fast_path.py"),
-    "weights of before": ("fastlm/generation/derived.py", "not found.holds(whole)", "False", "test_fast_path.py"),
+    "weights of before": ("fastlm/generation/derived.py", "not found.holds(whole)", "False",
+                          "test_generation_state.py"),
     "a view read as if dense": ("fastlm/generation/engine.py", 'detach().contiguous() for name in ("wte"',
                                 'detach() for name in ("wte"', "test_fast_path.py"),
     "dropout in generation": ("fastlm/generation/inference.py", "if function in _MODES:", "if False:",
-                              "test_fast_path.py"),
+                              "test_generation_state.py"),
     "another sample's operand": ("fastlm/dispatch/samples.py", "leaf.movedim(dim, 0)", "leaf", "test_functional.py"),
     "a profiler that looks on": ("fastlm/dispatch/__init__.py", "or _profiler_enabled()\n",
                                  "\n", "test_dispatch.py"),
